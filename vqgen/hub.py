@@ -1,0 +1,215 @@
+"""Saving, loading and publishing of models: ``config.json`` beside ``model.safetensors``.
+
+Strict where the hub library's own mixin is lax: unknown settings, missing or extra weights and wrong shapes
+are errors, and the card is written anew on each save. Nothing here unpickles, and nothing that a file names
+is imported: the class is the caller's, or comes from a registry of classes already loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vqgen.config import Settings, build
+from vqgen.errors import InputError, MismatchError
+
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+M = TypeVar("M", bound="HubModel")
+
+
+class HubModel(nn.Module):
+    """A model made from settings (``config``) and from shapes (``spec``), and nothing else."""
+
+    kind: ClassVar[str]
+    """What it is in a run: ``codec`` or ``prior``."""
+    name: ClassVar[str]
+    """Its registered name, kept as ``type`` in config.json."""
+    Config: ClassVar[type[Settings]]
+    Spec: ClassVar[type[Any]]
+
+    def __init__(self, config: Settings | Mapping[str, Any], spec: Any) -> None:
+        super().__init__()
+        self.config = config if isinstance(config, Settings) else build(self.Config, dict(config))
+        self.spec = spec
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and a README card into ``folder``, each file atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "type": self.name,
+            "config": self.config.model_dump(mode="json"),
+            "spec": dataclasses.asdict(self.spec),
+        }
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8"))
+        _replace(folder / "README.md", lambda path: path.write_text(self.card(), encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls: type[M], source: str | Path, revision: str | None = None) -> M:
+        """A model saved with `save_pretrained`, on the CPU and in evaluation mode.
+
+        ``source`` is a folder, or the name of a repository on the Hugging Face hub.
+
+        Raises:
+            InputError: no such folder, or a file in it is missing or damaged.
+            MismatchError: the folder holds another kind of model, or weights of another shape.
+        """
+        folder = _fetch(source, revision)
+        saved = _read_config(folder / CONFIG)
+        if saved["kind"] != cls.kind:
+            raise MismatchError(f"{folder} holds a {saved['kind']}, not a {cls.kind}.")
+        kind = cls.class_for(saved["type"])
+        config = build(kind.Config, saved["config"], f"{folder / CONFIG}: config")
+        try:
+            spec = TypeAdapter(kind.Spec).validate_python(saved["spec"])
+        except ValidationError as error:
+            raise InputError(f"{folder / CONFIG}: 'spec' is damaged ({error.error_count()} bad values).") from error
+        model = kind(config, spec)
+        model.load_weights(folder / WEIGHTS)
+        model.eval()
+        return model  # type: ignore[return-value]
+
+    @classmethod
+    def class_for(cls, name: str) -> type[HubModel]:
+        """The class that config.json's ``type`` means; a registry of several overrides this."""
+        if name != cls.name:
+            raise MismatchError(f"Expected a {cls.kind} of type '{cls.name}', found '{name}'.")
+        return cls
+
+    def load_weights(self, path: Path) -> None:
+        """Copy the tensors of a safetensors file into this model, after checking every name and shape.
+
+        Raises:
+            InputError: the file is missing or damaged.
+            MismatchError: names or shapes differ from this model's.
+        """
+        own = self.state_dict()
+        tensors = read_tensors(path, {key: tuple(value.shape) for key, value in own.items()})
+        self.load_state_dict(tensors)
+
+    def card(self) -> str:
+        """The README of the saved folder, as the hub shows it."""
+        return (
+            "---\n"
+            f"library_name: vqgen\npipeline_tag: unconditional-image-generation\ntags:\n- vqgen\n- {self.kind}\n"
+            "---\n\n"
+            f"# vqgen {self.kind}: {self.name}\n\n"
+            f"```json\n{json.dumps(dataclasses.asdict(self.spec), indent=2)}\n```\n"
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Publish to the repository ``repo_id`` of the Hugging Face hub; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; with ``shapes``, the names and shapes are checked before any is read.
+
+    Raises:
+        InputError: the file is missing or damaged.
+        MismatchError: names or shapes are not those of ``shapes``.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing.", "Train or copy the model again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            if shapes is not None and found != dict(shapes):
+                raise MismatchError(f"{path} does not fit its config.json: {_first_difference(found, shapes)}.")
+            return {key: file.get_tensor(key) for key in found}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}).", "Train or copy the model again.") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and model.safetensors: what a model is, wherever it lies."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing.", "Train or copy the model again.")
+        with (folder / name).open("rb") as file:
+            digest.update(
+                hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else _sha(file)
+            )
+    return digest.hexdigest()
+
+
+def _sha(file: Any) -> bytes:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.digest()
+
+
+def _first_difference(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    for key in expected:
+        if key not in found:
+            return f"tensor '{key}' is missing"
+        if found[key] != expected[key]:
+            return f"tensor '{key}' has shape {list(found[key])}, expected {list(expected[key])}"
+    return f"tensor '{next(key for key in found if key not in expected)}' is not one of this model's"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    hint = "Train or copy the model again."
+    if not path.is_file():
+        raise InputError(f"{path} is missing.", hint)
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}).", hint) from error
+    if not isinstance(saved, dict) or set(saved) != {"format", "kind", "type", "config", "spec"}:
+        raise InputError(f"{path} is not the config.json of a vqgen model.", hint)
+    if saved["format"] != FORMAT:
+        raise InputError(f"{path} has format {saved['format']!r}; this vqgen reads {FORMAT}.", "Upgrade vqgen.")
+    return saved
+
+
+def _fetch(source: str | Path, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    text = str(source)
+    if isinstance(source, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise InputError(f"No model folder at '{source}'.", "Give a folder, or OWNER/NAME of a repository on the hub.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"'{text}' is neither a folder nor a hub repository that can be reached ({line}).") from error
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
