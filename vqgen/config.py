@@ -243,6 +243,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
+def preset_summary(name: str) -> str:
+    """What a preset is, from the first comment line of its file."""
+    first = (presets_folder() / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
 def read_layers(name: str) -> dict[str, Any]:
     """Settings of a preset name or YAML file, merged over its chain of bases and over the defaults.
 
@@ -374,9 +380,7 @@ def _problem(kind: type[BaseModel], detail: dict[str, Any], where: str) -> str:
     key = ".".join(([where] if where else []) + location) or "settings"
     if detail["type"] == "extra_forbidden":
         known = _fields_at(kind, location[:-1])
-        return f"{key}: unknown key. {did_you_mean(location[-1], known) or 'Known: ' + ', '.join(known)}".rstrip(
-            ". "
-        ) + ("" if did_you_mean(location[-1], known) else ".")
+        return f"{key}: unknown key. {did_you_mean(location[-1], known) or 'Known: ' + ', '.join(known) + '.'}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = detail.get("input")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from vqgen.config import Settings, build
 from vqgen.errors import InputError, MismatchError
+from vqgen.run_folder import replacing, write_json, write_text
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -49,7 +49,6 @@ class HubModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and a README card into ``folder``, each file atomically."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         saved = {
             "format": FORMAT,
             "kind": self.kind,
@@ -58,9 +57,10 @@ class HubModel(nn.Module):
             "spec": dataclasses.asdict(self.spec),
         }
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8"))
-        _replace(folder / "README.md", lambda path: path.write_text(self.card(), encoding="utf-8"))
+        with replacing(folder / WEIGHTS) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        write_json(folder / CONFIG, saved)
+        write_text(folder / "README.md", self.card())
 
     @classmethod
     def from_pretrained(cls: type[M], source: str | Path, revision: str | None = None) -> M:
@@ -204,12 +204,3 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"'{text}' is neither a folder nor a hub repository that can be reached ({line}).") from error
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

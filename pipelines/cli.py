@@ -1,0 +1,430 @@
+"""The ``vqgen`` command line: parse, call a stage, say what it made and what to do next.
+
+Stages are imported inside the commands, so that ``vqgen --help`` answers without loading torch. Results go to
+stdout, progress and errors to stderr. Exit codes: 0 done, 1 an unexpected failure, 2 something the user can put
+right, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vqgen import __version__
+from vqgen.errors import InputError, Interrupted, VqgenError
+
+if TYPE_CHECKING:
+    from vqgen.console import Console
+    from vqgen.run_folder import RunFolder
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """Lists the commands in the order in which they are used, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def run() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """The exit code of a command line; errors that the user can put right are one line on stderr."""
+    try:
+        cli.main(list(arguments), prog_name="vqgen", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except VqgenError as error:
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        return Interrupted.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        click.echo(f"Error: {error.strerror}{place}. Free some space or choose another folder with --run.", err=True)
+        return VqgenError.exit_code
+    return 0
+
+
+@click.group(cls=Commands, epilog="Start with: vqgen run --config shapes", context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="vqgen")
+def cli() -> None:
+    """Turn images into discrete codes, learn a density over the codes, sample from it, and compare priors."""
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, in the order given."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: the only one in runs/]")
+NEW_RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: runs/<preset>]")
+CONFIG = click.option("--config", metavar="NAME|FILE", help="Preset or YAML file.  [default: shapes]")
+DATA = click.option("--data", metavar="SOURCE", help="Folder, parquet, .npy, .npz, saved set, or hub name.")
+SET = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
+SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of everything random.  [default: 0]")
+MINUTES = click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Training budget of each model, in minutes."
+)
+RESUME = click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Redo the stage, and remove what was made from it.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and only that.")
+PLUGIN = click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load a prior; repeatable.")
+
+
+def count_option(default: int | None, text: str, name: str = "-n") -> Callable[[F], F]:
+    return click.option(name, "images", type=click.IntRange(1), default=default, show_default=True, help=text)
+
+
+@cli.command("run", epilog="Example: vqgen run --config shapes")
+@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, PLUGIN, JSON)
+def run_command(
+    config: str | None,
+    data: str | None,
+    run_path: str | None,
+    sets: tuple[str, ...],
+    seed: int | None,
+    minutes: float | None,
+    plugins: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """All stages of a preset, skipping finished ones, ending in the report."""
+    from pipelines.run_all import run_all
+    from pipelines.settings import training_minutes
+
+    load_plugins(plugins)
+    run, settings = open_new_run(config, data, run_path, sets, seed, None, resume=True)
+    if minutes is not None:
+        settings = training_minutes(settings, minutes)
+    console = make_console(as_json)
+    result = run_all(run, settings, console, hint=again(f"vqgen run --run {run.path}"))
+    if not as_json:
+        print_comparison(console, result["comparison"])
+        console.result("")
+        for stage, seconds in result["seconds"].items():
+            console.result(f"{stage:<20} {seconds:8.1f} s")
+    finish(console, result, as_json, {"samples": result["grid"], "report": result["report"]}, "")
+
+
+@cli.command("train-codes", epilog="Example: vqgen train-codes --config cifar10 --set training.steps=600")
+@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, RESUME, OVERWRITE, JSON)
+def train_codes_command(
+    config: str | None,
+    data: str | None,
+    run_path: str | None,
+    sets: tuple[str, ...],
+    seed: int | None,
+    minutes: float | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Train the codec, then encode the data with it."""
+    from pipelines.train_codes import train_codes
+
+    run, settings = open_new_run(config, data, run_path, sets, seed, minutes, resume=resume)
+    console = make_console(as_json)
+    hint = again(f"vqgen train-codes --run {run.path} --resume")
+    record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=hint)
+    finish(
+        console,
+        {"run": str(run.path), **record},
+        as_json,
+        {"codec": run.codec, "codes": run.codes},
+        f"vqgen train-prior --prior transformer{given_run(run_path, run)}",
+    )
+
+
+@cli.command("encode", epilog="Example: vqgen encode --data my-images/ --out my-codes")
+@options(RUN, click.option("--data", required=True, metavar="SOURCE", help="Images to encode."))
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the codes.")
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
+@options(JSON)
+def encode_command(run_path: str | None, data: str, out: Path, batch_size: int, as_json: bool) -> None:
+    """Encode more images with a trained codec."""
+    from pipelines.encode import encode
+    from vqgen.config import DataSettings
+
+    run = open_run(run_path)
+    console = make_console(as_json)
+    figures = encode(run, DataSettings(source=data), out, console, batch_size)
+    finish(console, {"out": str(out), **figures}, as_json, {"codes": out}, "")
+
+
+@cli.command("train-prior", epilog="Example: vqgen train-prior --prior transformer --level top --minutes 5")
+@click.option("--prior", required=True, metavar="NAME", help="One of `vqgen priors`.")
+@click.option(
+    "--level", "levels", multiple=True, metavar="LEVEL", help="top, middle or bottom.  [default: every level]"
+)
+@options(RUN, click.option("--config", metavar="NAME", help="Preset that names the run in runs/."))
+@options(SET, SEED, MINUTES, RESUME, OVERWRITE, PLUGIN, JSON)
+def train_prior_command(
+    prior: str,
+    levels: tuple[str, ...],
+    run_path: str | None,
+    config: str | None,
+    sets: tuple[str, ...],
+    seed: int | None,
+    minutes: float | None,
+    resume: bool,
+    overwrite: bool,
+    plugins: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a prior over the codes, level by level."""
+    from pipelines.settings import prior_settings_of_run
+    from pipelines.train_prior import train_prior
+
+    load_plugins(plugins)
+    run = open_run(run_path, config)
+    settings = prior_settings_of_run(run, prior, levels, sets, seed=seed, minutes=minutes)
+    console = make_console(as_json)
+    place = "".join(f" --level {level}" for level in levels)
+    hint = again(f"vqgen train-prior --prior {prior}{place} --run {run.path} --resume")
+    records = train_prior(run, settings, prior, levels, console, resume=resume, overwrite=overwrite, hint=hint)
+    finish(
+        console,
+        {"run": str(run.path), "prior": prior, "levels": records},
+        as_json,
+        {f"{prior}, {level}": run.prior(prior, level) for level in records},
+        f"vqgen sample{given_run(run_path, run)}",
+    )
+
+
+@cli.command("sample", epilog="Example: vqgen sample --prior top=transformer,bottom=pixelcnn --label 3 -n 16")
+@options(RUN, click.option("--config", metavar="NAME", help="Preset that names the run in runs/."))
+@click.option("--prior", metavar="NAME|LEVEL=NAME,...", help="Prior of each level.  [default: the best trained]")
+@click.option("--levels", type=click.IntRange(1), help="Sample and decode this many of the coarsest levels.  [all]")
+@options(count_option(64, "Images to sample."))
+@click.option("--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class; repeatable.  [every class]")
+@click.option("--temperature", metavar="T|LEVEL=T,...", help="Below 1 sharpens, 0 takes the most likely.  [1]")
+@click.option("--top-k", metavar="K|LEVEL=K,...", help="Draw from the K most likely codes only.")
+@click.option("--top-p", metavar="P|LEVEL=P,...", help="Draw from the most likely codes that hold mass P.")
+@click.option("--guidance", metavar="G|LEVEL=G,...", help="Classifier-free guidance; 1 is none.  [1]")
+@options(SEED)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--out", "name", metavar="NAME", help="Folder under samples/ in the run.  [default: prior and seed]")
+@options(PLUGIN, JSON)
+def sample_command(
+    run_path: str | None,
+    config: str | None,
+    prior: str | None,
+    levels: int | None,
+    images: int,
+    labels: tuple[str, ...],
+    temperature: str | None,
+    top_k: str | None,
+    top_p: str | None,
+    guidance: str | None,
+    seed: int | None,
+    batch_size: int,
+    name: str | None,
+    plugins: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Sample images: the priors level by level, then the decoder."""
+    from pipelines.sample import request_from_options, sample
+
+    load_plugins(plugins)
+    run = open_run(run_path, config)
+    console = make_console(as_json)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    request = request_from_options(run, prior, levels, images, labels, given, seed or 0, batch_size)
+    if prior is None:
+        console.say("priors: " + ", ".join(f"{level} {chosen}" for level, chosen in request.priors.items()))
+    record = sample(run, request, name or request.default_name(), console)
+    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path, run)}")
+
+
+@cli.command("reconstruct", epilog="Example: vqgen reconstruct -n 8")
+@options(RUN, DATA, click.option("--split", default="validation", show_default=True, help="train, validation or test."))
+@options(count_option(8, "Images to draw."))
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder.  [default: reconstruct in the run]"
+)
+@options(JSON)
+def reconstruct_command(
+    run_path: str | None, data: str | None, split: str, images: int, out: Path | None, as_json: bool
+) -> None:
+    """Originals beside their reconstructions, level by level."""
+    from pipelines.reconstruct import reconstruct
+
+    run = open_run(run_path)
+    console = make_console(as_json)
+    record = reconstruct(run, data, split, images, out, console)
+    if not as_json:
+        rows = [[level, f"{f['mse']:.5f}", f"{f['psnr']:.2f}"] for level, f in record["levels"].items()]
+        console.table("", ["levels", "mse", "PSNR (dB)"], rows)
+    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path, run)}")
+
+
+@cli.command("compare", epilog="Example: vqgen compare --prior transformer --prior top=transformer,bottom=pixelcnn")
+@options(RUN, click.option("--config", metavar="NAME", help="Preset that names the run in runs/."))
+@click.option(
+    "--prior", "priors", multiple=True, metavar="NAME|LEVEL=NAME,...", help="A row each.  [every trained one]"
+)
+@options(count_option(None, "Test images read.  [all]"))
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Images sampled for each row.")
+@options(SEED, PLUGIN, JSON)
+def compare_command(
+    run_path: str | None,
+    config: str | None,
+    priors: tuple[str, ...],
+    images: int | None,
+    samples: int,
+    seed: int | None,
+    plugins: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Every trained prior and the baselines: one table, one report."""
+    from pipelines.compare import compare
+    from pipelines.settings import parse_priors
+    from pipelines.train_prior import open_codes
+
+    load_plugins(plugins)
+    run = open_run(run_path, config)
+    console = make_console(as_json)
+    levels = [level.name for level in open_codes(run)[1].info.levels]
+    chosen = [parse_priors(text, levels) for text in priors]
+    result = compare(run, chosen, console, images=images, samples=samples, seed=seed or 0)
+    if not as_json:
+        print_comparison(console, result)
+    finish(console, result, as_json, {"report": result["files"]["report.html"]}, "")
+
+
+@cli.command("info", epilog="Example: vqgen info --run runs/shapes")
+@options(RUN, JSON)
+def info_command(run_path: str | None, as_json: bool) -> None:
+    """What a run holds, and what to do next."""
+    from pipelines.info import info, next_command
+
+    run = open_run(run_path)
+    console = make_console(as_json)
+    record = info(run)
+    if not as_json:
+        console.result(f"{record['run']}: {record['data'] or 'no data yet'}")
+        console.table("", ["part", "steps", "minutes", "validation"], record["table"])
+    finish(console, record, as_json, {}, next_command(run) + given_run(run_path, run))
+
+
+@cli.command("priors", epilog="Example: vqgen priors --plugin my_prior.py")
+@options(PLUGIN, JSON)
+def priors_command(plugins: tuple[str, ...], as_json: bool) -> None:
+    """The priors there are, one line each."""
+    from priors import registry
+
+    load_plugins(plugins)
+    found = [registry.get(name) for name in registry.names()]
+    record = [{"name": kind.name, "likelihood": kind.likelihood, "summary": kind.summary} for kind in found]
+    console = make_console(as_json)
+    if not as_json:
+        console.table("", ["prior", "likelihood", ""], [[r["name"], r["likelihood"], r["summary"]] for r in record])
+    finish(console, record, as_json, {}, "vqgen train-prior --prior NAME")
+
+
+@cli.command("presets", epilog="Example: vqgen presets")
+@options(JSON)
+def presets_command(as_json: bool) -> None:
+    """The presets there are, one line each."""
+    from vqgen.config import preset_names, preset_summary
+
+    record = [{"name": name, "summary": preset_summary(name)} for name in preset_names()]
+    console = make_console(as_json)
+    if not as_json:
+        console.table("", ["preset", ""], [[r["name"], r["summary"]] for r in record])
+    finish(console, record, as_json, {}, "vqgen run --config NAME")
+
+
+def load_plugins(plugins: Sequence[str]) -> None:
+    from priors import registry
+
+    for path in plugins:
+        registry.load_plugin(Path(path))
+
+
+def open_new_run(
+    config: str | None,
+    data: str | None,
+    run_path: str | None,
+    sets: Sequence[str],
+    seed: int | None,
+    minutes: float | None,
+    *,
+    resume: bool,
+) -> tuple[RunFolder, Any]:
+    """The run of a command that may make it, and its settings: those of the run where it is there and is resumed."""
+    from pipelines.settings import new_run_settings, run_settings
+    from vqgen.run_folder import RunFolder, run_for
+
+    run = RunFolder(run_for(run_path, config, data))
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file.", "Name a folder with --run.")
+    if resume and run.config.is_file() and config is None:
+        return run, run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for="codec")
+    return run, new_run_settings(config, data, sets, seed=seed, minutes=minutes)
+
+
+def open_run(run_path: str | None, config: str | None = None) -> RunFolder:
+    from vqgen.run_folder import RunFolder, find_run
+
+    return RunFolder(find_run(run_path, config))
+
+
+def make_console(as_json: bool) -> Console:
+    from vqgen.console import Console
+
+    return Console(quiet=as_json)
+
+
+def again(command: str) -> str:
+    """The sentence that says how to go on after an interrupt."""
+    return f"Go on with: {command}"
+
+
+def given_run(run_path: str | None, run: RunFolder) -> str:
+    """`` --run DIR`` for the next command, where this one needed it."""
+    return f" --run {shlex.quote(str(run.path))}" if run_path else ""
+
+
+def print_comparison(console: Console, result: Any) -> None:
+    from pipelines.compare import highlights
+    from pipelines.report.tables import summary
+
+    columns, cells = summary(result)
+    console.table("", columns, cells)
+    for sentence in highlights(result["rows"]):
+        console.result(sentence)
+
+
+def finish(console: Console, record: Any, as_json: bool, made: dict[str, Any], next_step: str) -> None:
+    """Print the record as JSON, or where the output is and the next command to run."""
+    if as_json:
+        click.echo(json.dumps(record, indent=2, default=str))
+        return
+    for name, path in made.items():
+        console.result(f"{name}: {path}")
+    if next_step:
+        console.result(f"next: {next_step}")

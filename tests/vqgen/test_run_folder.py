@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from vqgen.errors import InputError
+from vqgen.run_folder import (
+    RunFolder,
+    atomic_folder,
+    disk_errors,
+    find_run,
+    locked,
+    plain_name,
+    read_json,
+    run_for,
+    versions,
+    write_json,
+    write_text,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder("runs/shapes")
+    folder.create()
+    return folder
+
+
+def make(name: str) -> None:
+    RunFolder(f"runs/{name}").create()
+
+
+def test_paths(run: RunFolder) -> None:
+    assert run.prior("pixelcnn", "top") == Path("runs/shapes/priors/pixelcnn/top")
+    assert run.samples("first") == Path("runs/shapes/samples/first")
+    assert (run.name, run.codec.name, run.codes.name, run.compare.name) == ("shapes", "codec", "codes", "compare")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "c:x", ".hidden", "a\nb", "x" * 101])
+def test_names_that_are_no_plain_names_are_refused(run: RunFolder, name: str) -> None:
+    with pytest.raises(InputError, match="cannot be the name of a prior"):
+        run.prior(name, "top")
+    with pytest.raises(InputError, match="cannot be the name of a level"):
+        run.prior("pixelcnn", name)
+    with pytest.raises(InputError, match="cannot be the name of a sample set"):
+        run.samples(name)
+
+
+def test_plain_names_pass() -> None:
+    for name in ("pixelcnn", "top=a,bottom=b", "2024-01-01 first", "v1.2"):
+        assert plain_name(name, "thing") == name
+
+
+def test_records_survive(run: RunFolder) -> None:
+    run.record_data({"fingerprint": "abc"})
+    run.record_command(["vqgen", "train-codes"])
+    run.record_stage("codec", {"best": 0.5, "bad": math.nan})
+    run.record_stage("priors/pixelcnn/top", {})
+    again = RunFolder(run.path)
+    again.create()
+    saved = again.read()
+    assert saved["format"] == 1
+    assert saved["data"] == {"fingerprint": "abc"}
+    assert saved["commands"][0]["argv"] == ["vqgen", "train-codes"]
+    assert list(again.stages()) == ["codec", "priors/pixelcnn/top"]
+    stage = again.stage("codec")
+    assert stage is not None
+    assert (stage["best"], stage["bad"], stage["versions"]) == (0.5, None, versions())
+    again.drop_stage("codec")
+    again.drop_stage("never")
+    assert run.stage("codec") is None
+
+
+def test_versions_name_what_decides_results() -> None:
+    assert {"vqgen", "python", "torch", "numpy"} <= versions().keys()
+
+
+def test_a_run_can_be_moved(run: RunFolder, tmp_path: Path) -> None:
+    run.record_stage("codec", {})
+    run.path.rename(tmp_path / "elsewhere")
+    assert RunFolder(tmp_path / "elsewhere").stage("codec") is not None
+    assert str(tmp_path) not in (tmp_path / "elsewhere/run.json").read_text()
+
+
+def test_create_refuses_a_folder_of_other_things(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and not a run"):
+        RunFolder(tmp_path).create()
+    with pytest.raises(InputError, match="is a file"):
+        RunFolder(tmp_path / "notes.txt").create()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 1}', '{"data": 3, "stages": {}, "commands": []}'])
+def test_damaged_record_is_one_clear_line(run: RunFolder, text: str) -> None:
+    run.record.write_text(text)
+    with pytest.raises(InputError, match=r"run\.json"):
+        run.read()
+
+
+def test_record_of_a_newer_version(run: RunFolder) -> None:
+    write_json(run.record, {**run.read(), "format": 9})
+    with pytest.raises(InputError, match=r"format 9; this vqgen reads 1\. Upgrade"):
+        run.read()
+
+
+def test_find_run_prefers_the_run_then_the_config_then_the_only_one(run: RunFolder) -> None:
+    assert find_run(None) == Path("runs/shapes")
+    make("cifar10")
+    assert find_run(None, "cifar10") == Path("runs/cifar10")
+    assert find_run(None, "my/cifar10.yaml") == Path("runs/cifar10")
+    assert find_run("runs/shapes", "cifar10") == Path("runs/shapes")
+    with pytest.raises(InputError, match=r"Several runs in 'runs/': cifar10, shapes.*--run runs/cifar10"):
+        find_run(None)
+
+
+def test_find_run_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"No run in 'runs/'\. Train one first: vqgen train-codes"):
+        find_run(None)
+    with pytest.raises(InputError, match=r"No run at 'runs/cifar10'\. .*train-codes --config cifar10"):
+        find_run(None, "cifar10")
+    make("shapes")
+    with pytest.raises(InputError, match=r"No run at 'runs/shape'\. Did you mean 'runs/shapes'"):
+        find_run("runs/shape")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match="photos is not a run"):
+        find_run("photos")
+
+
+def test_run_for() -> None:
+    assert run_for(None, None) == Path("runs/shapes")
+    assert run_for(None, "configs/mine.yaml") == Path("runs/mine")
+    assert run_for("here", "cifar10") == Path("here")
+
+
+def test_write_text_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep/er/x.txt"
+    write_text(path, "old é\n")
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        self.write_bytes(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"The disk is full: .*x\.txt was not written"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old é\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [math.inf, 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text()) == read_json(tmp_path / "x.json") == {"a": [None, 1.5]}
+    with pytest.raises(InputError, match=r"y\.json is missing"):
+        read_json(tmp_path / "y.json")
+    (tmp_path / "x.json").write_bytes(b"\xff{")
+    with pytest.raises(InputError, match=r"x\.json is damaged"):
+        read_json(tmp_path / "x.json")
+
+
+def test_atomic_folder_replaces_or_leaves(tmp_path: Path) -> None:
+    target = tmp_path / "codes"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert [entry.name for entry in target.iterdir()] == ["b"]
+
+    def fail() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "c").write_text("3")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match="disk is full"):
+        fail()
+    assert [entry.name for entry in target.iterdir()] == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["codes"]
+
+
+def test_disk_errors_of_safetensors_and_permissions(tmp_path: Path) -> None:
+    def fail(error: Exception) -> None:
+        with disk_errors(tmp_path):
+            raise error
+
+    with pytest.raises(InputError, match="disk is full"):
+        fail(SafetensorError("I/O error: No space left on device (os error 28)"))
+    with pytest.raises(InputError, match="forbidden cannot be written"):
+        fail(PermissionError(errno.EACCES, "Permission denied", "forbidden"))
+    with pytest.raises(ValueError, match="other"):
+        fail(ValueError("other"))
+
+
+def test_a_lock_is_held_by_one_process_and_released_with_it(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from vqgen.run_folder import locked\n"
+    script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="Another process is working in"), locked(tmp_path / ".lock"):
+            pass
+        other.kill()
+    with locked(tmp_path / ".lock"):
+        pass

@@ -1,0 +1,417 @@
+"""What a training step is: schedules, players, accumulation, averages, evaluation, early stop."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from PIL import Image
+from torch import Tensor, nn
+
+from vqgen.config import PlayerSettings, TrainingSettings
+from vqgen.console import Console
+from vqgen.errors import ConfigError, DivergedError, InputError
+from vqgen.optimizers import WeightAverage, make_optimizer, player_settings
+from vqgen.sampler import EpochSampler, evaluation_batches, training_batches
+from vqgen.training import FitResult, Task, fit, learning_rate_at, make_accelerator
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    """x and y = 2 x, float64; every index that is read is noted."""
+
+    def __init__(self, count: int = 32) -> None:
+        self.x = torch.randn(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        self.read += indices
+        return {"x": self.x[indices], "y": 2 * self.x[indices], "index": torch.tensor(indices)}
+
+
+class Regression(Task):
+    def __init__(self, loss: Callable[[int], float] | None = None) -> None:
+        super().__init__()
+        self.model = nn.Linear(1, 1).double()
+        nn.init.constant_(self.model.weight, 0.5)
+        nn.init.constant_(self.model.bias, 0.1)
+        self.loss = loss
+        self.rates: list[float] = []
+        self.evaluations = 0
+
+    def forward(self, batch: dict[str, Tensor], player: str, progress: float, step: int) -> dict[str, Tensor]:
+        assert self.training
+        return {"loss": ((self.model(batch["x"]) - batch["y"]) ** 2).mean(), "progress": torch.tensor(progress)}
+
+    def evaluate(self, batches: Iterable[dict[str, Tensor]], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        assert not self.model.training
+        assert not torch.is_grad_enabled()
+        torch.randn(3), np.random.rand(), random.random()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            sums += torch.stack([((self.model(batch["x"]) - batch["y"]) ** 2).sum(), torch.tensor(len(batch["x"]))])
+        self.evaluations += 1
+        total, count = reduce(sums).tolist()
+        return {"loss": self.loss(self.evaluations) if self.loss else total / count, "images": count}
+
+
+def settings(**changes: Any) -> TrainingSettings:
+    return TrainingSettings(**{"steps": 6, "batch_size": 4, "learning_rate": 0.05, **changes})
+
+
+def train(task: Task, folder: Path, chosen: TrainingSettings, **changes: Any) -> FitResult:
+    given: dict[str, Any] = {"train": Numbers(), "validation": Numbers(12), "seed": 0, "identity": {}}
+    given |= {"accelerator": make_accelerator(chosen, len(task.players), cpu=True), "console": Console(silent=True)}
+    return fit(task, settings=chosen, folder=folder, **{**given, **changes})
+
+
+def lines(folder: Path, split: str) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in read if line["split"] == split]
+
+
+@pytest.mark.parametrize(
+    ("progress", "changes", "rate"),
+    [
+        (0.0, {}, 1.0),
+        (1.0, {}, 1.0),
+        (0.0, {"warmup": 0.2}, 0.0),
+        (0.05, {"warmup": 0.2}, 0.25),
+        (0.2, {"warmup": 0.2}, 1.0),
+        (0.6, {"warmup": 0.2, "schedule": "linear"}, 0.5),
+        (0.6, {"warmup": 0.2, "schedule": "linear", "final_rate": 0.1}, 0.55),
+        (1.0, {"schedule": "linear", "final_rate": 0.1}, 0.1),
+        (0.25, {"schedule": "cosine"}, 0.5 * (1 + math.cos(math.pi / 4))),
+        (1.0, {"schedule": "cosine"}, 0.0),
+        (7.0, {"schedule": "cosine", "final_rate": 0.3}, 0.3),
+    ],
+)
+def test_learning_rate_is_a_function_of_progress(progress: float, changes: dict[str, Any], rate: float) -> None:
+    assert learning_rate_at(progress, settings(learning_rate=1.0, **changes)) == pytest.approx(rate, abs=1e-12)
+
+
+def test_optimisers_are_those_of_the_settings() -> None:
+    parameters = list(nn.Linear(2, 2).parameters())
+    assert type(make_optimizer(parameters, settings())) is torch.optim.Adam
+    assert type(make_optimizer(parameters, settings(weight_decay=0.1))) is torch.optim.AdamW
+    assert type(make_optimizer(parameters, settings(optimizer="rmsprop"))) is torch.optim.RMSprop
+
+
+def test_player_settings_default_to_those_of_the_stage() -> None:
+    chosen = settings(clip=2.0, players={"critic": PlayerSettings(learning_rate=0.5)})
+    own = player_settings(chosen, ("model", "critic"))
+    assert (own["model"].learning_rate, own["critic"].learning_rate) == (0.05, 0.5)
+    assert own["critic"].clip == 2.0
+    with pytest.raises(ConfigError, match=r"training\.players\.critic.*Did you mean 'critics'"):
+        player_settings(chosen, ("maps", "critics"))
+
+
+def test_a_training_by_hand_gives_the_same_weights(tmp_path: Path) -> None:
+    task = Regression()
+    by_hand = copy.deepcopy(task.model)
+    chosen = settings(steps=10, schedule="linear", clip=1.0)
+    train(task, tmp_path, chosen, validation=Numbers(1))
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=0.05)
+    data = Numbers()
+    stream = training_batches(data, EpochSampler(32, 4, seed=0), start=0, workers=0)
+    for step in range(10):
+        batch = next(stream)
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 10)
+        ((by_hand(batch["x"]) - batch["y"]) ** 2).mean().backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    # The last evaluation is the best one here: the loss falls all the way.
+    torch.testing.assert_close(task.model.state_dict(), by_hand.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
+    one, other = Regression(), Regression()
+    train(one, tmp_path / "one", settings(steps=20, batch_size=8, clip=0.5))
+    train(other, tmp_path / "other", settings(steps=20, batch_size=2, accumulate=4, clip=0.5))
+    torch.testing.assert_close(one.model.state_dict(), other.model.state_dict(), rtol=0, atol=1e-10)
+    first, second = lines(tmp_path / "one", "train"), lines(tmp_path / "other", "train")
+    assert first[0]["loss"] == pytest.approx(second[0]["loss"], abs=1e-10)
+    assert first[0]["epoch"] == second[0]["epoch"] == 20 * 8 / 32
+
+
+def test_weight_average_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    average = WeightAverage(model, 0.5)
+    expected = 1.0
+    for step in range(12):
+        nn.init.constant_(model.weight, float(step))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    with average.applied():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 11.0
+
+
+def test_the_averaged_weights_are_evaluated_and_exported(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Spy(Regression):
+        def evaluate(self, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+            seen.append(self.model.weight.item())
+            return {"loss": 1.0}
+
+    plain, averaged = Regression(), Spy()
+    train(plain, tmp_path / "plain", settings(steps=5))
+    train(averaged, tmp_path / "averaged", settings(steps=5, weight_ema=0.9))
+    assert averaged.model.weight.item() == seen[-1]
+    assert 0.5 < seen[-1] < plain.model.weight.item()
+
+
+class Pair(Regression):
+    """Two players whose losses share every parameter."""
+
+    players = ("model", "critic")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = nn.Linear(1, 1).double()
+        self.turns: list[tuple[str, bool, bool]] = []
+
+    def player_modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "critic": self.critic}
+
+    def forward(self, batch: dict[str, Tensor], player: str, progress: float, step: int) -> dict[str, Tensor]:
+        self.turns.append((player, self.model.weight.requires_grad, self.critic.weight.requires_grad))
+        return {"loss": ((self.critic(self.model(batch["x"])) - batch["y"]) ** 2).mean()}
+
+    def after_step(self, player: str, step: int) -> dict[str, Tensor]:
+        return {f"weight_{name}": module.weight.detach().sum() for name, module in self.player_modules().items()}
+
+
+def test_each_player_moves_only_its_own_parameters(tmp_path: Path) -> None:
+    task = Pair()
+    before = {name: module.weight.item() for name, module in task.player_modules().items()}
+    train(task, tmp_path, settings(steps=1, log_every=1))
+    assert task.turns == [("model", True, False), ("critic", False, True)]
+    (line,) = lines(tmp_path, "train")
+    assert line["model/weight_model"] != before["model"]
+    assert line["model/weight_critic"] == before["critic"]
+    assert line["critic/weight_model"] == line["model/weight_model"]
+    assert line["critic/weight_critic"] != before["critic"]
+    assert all(parameter.requires_grad for parameter in task.parameters())
+
+
+def test_parameters_of_no_player_stay(tmp_path: Path) -> None:
+    task = Regression()
+    task.extra = nn.Linear(1, 1)
+    before = copy.deepcopy(task.extra.state_dict())
+    train(task, tmp_path, settings(weight_decay=0.1))
+    assert all(torch.equal(value, before[name]) for name, value in task.extra.state_dict().items())
+
+
+def test_accumulation_with_several_players_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be 1 for a model with the players model and critic"):
+        train(Pair(), tmp_path, settings(accumulate=2))
+
+
+def test_best_weights_are_kept_and_patience_stops(tmp_path: Path) -> None:
+    task = Regression(loss=lambda evaluation: abs(evaluation - 3.0))
+    weights: list[float] = []
+
+    def preview() -> Image.Image:
+        weights.append(task.model.weight.item())
+        return Image.new("RGB", (2, 2))
+
+    task.preview = preview  # type: ignore[method-assign]
+    chosen = settings(steps=100, evaluate_every=2, preview_every=2, patience=4)
+    result = train(task, tmp_path, chosen)
+    assert (result.steps, result.best["step"], result.best["loss"]) == (14, 6, 0.0)
+    assert task.model.weight.item() == weights[2] != weights[-1]
+    assert [path.name for path in sorted((tmp_path / "previews").iterdir())][:2] == [
+        "step-000002.png",
+        "step-000004.png",
+    ]
+    assert len(lines(tmp_path, "validation")) == 7
+
+
+def test_losses_that_part_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = Regression(loss=lambda evaluation: float(evaluation))
+    train(task, tmp_path, settings(steps=40, evaluate_every=8), console=Console())
+    said = capsys.readouterr().err
+    assert said.count("warning: The validation loss rises while the training loss falls") == 1
+    assert "step 8 of 40: train loss" in said
+    assert "validation loss 1 (best so far)" in said
+
+
+def test_evaluation_reads_a_fixed_part_of_validation_and_leaves_the_generators(tmp_path: Path) -> None:
+    task, validation, training = Regression(), Numbers(30), Numbers()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    chosen = settings(evaluate_images=10, evaluate_every=3)
+    result = train(task, tmp_path, chosen, validation=validation, train=training)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert validation.read == 2 * list(range(0, 30, 3))
+    assert result.best["images"] == 10
+    assert len(training.read) == 6 * 4
+
+
+def test_epochs_become_steps(tmp_path: Path) -> None:
+    result = train(Regression(), tmp_path, settings(steps=None, epochs=1.5))
+    assert (result.steps, result.epochs) == (12, 1.5)
+
+
+def test_no_steps_only_evaluates(tmp_path: Path) -> None:
+    task = Regression()
+    result = train(task, tmp_path, settings(steps=0))
+    assert (result.steps, task.model.weight.item(), task.evaluations) == (0, 0.5, 1)
+
+
+def test_minutes_end_the_training_and_drive_progress(tmp_path: Path) -> None:
+    result = train(Regression(), tmp_path, settings(steps=None, minutes=0.005, log_every=1))
+    assert result.seconds >= 0.3
+    shares = [line["progress"] for line in lines(tmp_path, "train")]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert 0.5 < shares[-1] < 1
+
+
+def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
+    class Exploding(Regression):
+        def after_step(self, player: str, step: int) -> dict[str, Tensor]:
+            self.model.weight.fill_(math.inf)
+            return {}
+
+    with pytest.raises(DivergedError, match="a weight is no longer a finite number after step 1"):
+        train(Exploding(), tmp_path, settings(steps=1))
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_epoch_order_is_a_function_of_seed_and_epoch() -> None:
+    sampler = EpochSampler(10, 3, seed=2**40 + 1)
+    first = list(sampler)
+    assert len(first) == len(sampler) == 3
+    assert len({index for batch in first for index in batch}) == 9
+    sampler.offset = 1
+    assert list(sampler) == first[1:]
+    sampler.epoch, sampler.offset = 1, 0
+    assert list(sampler) != first
+    assert list(EpochSampler(10, 3, seed=1)) != first
+
+
+def test_processes_share_the_joint_batch() -> None:
+    joint = list(EpochSampler(50, 8, seed=0))
+    parts = [list(EpochSampler(50, 4, seed=0, rank=rank, processes=2)) for rank in range(2)]
+    assert [one + other for one, other in zip(*parts, strict=True)] == joint
+
+
+def test_fewer_images_than_a_batch_make_a_smaller_one() -> None:
+    assert [len(batch) for batch in EpochSampler(5, 128, seed=0)] == [5]
+    assert [len(batch) for batch in EpochSampler(5, 128, seed=0, rank=1, processes=2)] == [2]
+    with pytest.raises(InputError, match="is empty"):
+        EpochSampler(0, 4, seed=0)
+    with pytest.raises(InputError, match="1 images for 2 processes"):
+        EpochSampler(1, 4, seed=0, processes=2)
+
+
+def test_every_validation_image_is_read_by_one_process() -> None:
+    data = Numbers(11)
+    parts = [evaluation_batches(data, 9, 2, rank=rank, processes=3) for rank in range(3)]
+    read = torch.cat([batch["index"] for part in parts for batch in part])
+    assert sorted(read.tolist()) == [index * 11 // 9 for index in range(9)]
+
+
+def test_workers_give_the_same_batches() -> None:
+    here = training_batches(Numbers(), EpochSampler(32, 8, seed=0), start=2, workers=0)
+    there = training_batches(Numbers(), EpochSampler(32, 8, seed=0), start=2, workers=2)
+    for _ in range(4):
+        assert torch.equal(next(here)["index"], next(there)["index"])
+    there.close()
+
+
+def test_training_outside_the_main_thread(tmp_path: Path) -> None:
+    results: list[FitResult] = []
+    thread = threading.Thread(target=lambda: results.append(train(Regression(), tmp_path, settings())))
+    thread.start()
+    thread.join()
+    assert results[0].finished
+
+
+def test_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"'wandb' is not installed\. pip install 'vqgen\[tracking\]'"):
+        train(Regression(), tmp_path, settings(tracker="wandb"))
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(Regression(), tmp_path, settings(tracker="tensorboard"))
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_mixed_precision_trains_and_leaves_the_task_as_it_was(tmp_path: Path) -> None:
+    class Seen(Regression):
+        dtype: torch.dtype | None = None
+
+        def forward(self, batch: dict[str, Tensor], player: str, progress: float, step: int) -> dict[str, Tensor]:
+            self.dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+            return super().forward(batch, player, progress, step)
+
+    task = Seen()
+    for number in range(2):
+        task.dtype = None
+        train(task, tmp_path / str(number), settings(mixed_precision="bf16"))
+        assert task.dtype == torch.bfloat16
+        assert "forward" not in vars(task)
+
+
+def test_precision_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**given: Any) -> None:
+        raise ValueError("fp16 mixed precision\nrequires a GPU")
+
+    monkeypatch.setattr("vqgen.training.Accelerator", refuse)
+    with pytest.raises(
+        ConfigError, match=r"mixed_precision=fp16 does not work here \(fp16 mixed precision requires a GPU"
+    ):
+        make_accelerator(settings(mixed_precision="fp16"))
+
+
+def _train_on_two(folder: Path) -> None:
+    chosen = settings(steps=10, batch_size=4, weight_ema=0.5, evaluate_every=5)
+    for task in (Regression(), Pair()):
+        name = type(task).__name__
+        torch.manual_seed(0)
+        accelerator = make_accelerator(chosen, len(task.players), cpu=True)
+        train(task, folder / name, chosen, validation=Numbers(13), accelerator=accelerator)
+        own = torch.cat([parameter.flatten() for parameter in task.parameters()])
+        both = accelerator.gather(own[None])
+        assert torch.equal(both[0], both[1])
+        assert accelerator.num_processes == 2
+
+
+def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
+    debug_launcher(_train_on_two, (tmp_path,), num_processes=2)
+    task = Regression()
+    train(task, tmp_path / "alone", settings(steps=10, batch_size=8, weight_ema=0.5), validation=Numbers(13))
+    (validation,) = lines(tmp_path / "alone", "validation")
+    together = lines(tmp_path / "Regression", "validation")[-1]
+    assert validation["loss"] == pytest.approx(together["loss"], abs=1e-10)
+    assert together["images"] == 13
+    names = {path.name for path in (tmp_path / "Pair/checkpoints/step-00000010").iterdir()}
+    assert {"random-0.safetensors", "random-1.safetensors", "optimizer-critic.safetensors"} <= names
+
+
+def test_accelerator_can_change_its_precision() -> None:
+    assert make_accelerator(settings(mixed_precision="bf16"), cpu=True).mixed_precision == "bf16"
+    assert isinstance(make_accelerator(settings(), cpu=True), Accelerator)

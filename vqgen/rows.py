@@ -1,0 +1,318 @@
+"""One split of a source as it is stored: pictures by index, labels without pictures.
+
+`Rows` know nothing of sizes, channels or splits. A picture that cannot be read comes back as the exception that
+says why, so that `vqgen.data` decides what to do about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vqgen import shapes
+from vqgen.config import DataSettings
+from vqgen.errors import InputError, did_you_mean
+from vqgen.images import Pixels, is_wide
+
+Picture = Image.Image | Pixels
+
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+"""What reading a damaged or foreign file raises."""
+
+IMAGE_COLUMNS = ("image", "img", "images", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+
+_SAMPLE = 256
+_BLOCK = 256
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+class Rows(ABC):
+    """One split as stored."""
+
+    class_names: tuple[str, ...] | None = None
+    """The source's names of its integer labels, where it has them."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
+        """The picture at each of ``indices``, or what went wrong with it."""
+
+    @abstractmethod
+    def labels(self) -> npt.NDArray[Any] | None:
+        """Raw labels of all rows, integers or text, without reading a picture; None if there are none."""
+
+    @abstractmethod
+    def digest(self, index: int) -> bytes:
+        """Hash of what is stored at ``index``: the same wherever the data lie."""
+
+    def name(self, index: int) -> str:
+        """What to call a row in a message: its file, where it has one."""
+        return f"image {index}"
+
+    def extremes(self, indices: npt.NDArray[np.int64]) -> tuple[float, float, bool] | None:
+        """Lowest and highest number among the pictures at ``indices``, and whether they are floats.
+
+        None where pictures are 8-bit. Looks at no more than 256 pictures, evenly spaced.
+        """
+        places = indices[np.linspace(0, len(indices) - 1, min(_SAMPLE, len(indices))).astype(np.int64)]
+        low, high, floating = np.inf, -np.inf, False
+        for start in range(0, len(places), 32):
+            for picture in self.read(places[start : start + 32].tolist()):
+                if not isinstance(picture, Exception) and is_wide(picture):
+                    pixels = np.asarray(picture)
+                    low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
+                    floating = floating or not np.issubdtype(pixels.dtype, np.integer)
+            if start == 0 and low == np.inf:
+                return None
+        return low, high, floating
+
+
+class ShapeRows(Rows):
+    """The built-in pictures of one split, at the size asked for."""
+
+    class_names = shapes.CLASS_NAMES
+
+    def __init__(self, split: str, count: int, size: tuple[int, int]) -> None:
+        self._split, self._count, self._size = split, count, size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
+        return list(shapes.render(indices, self._size, self._split).transpose(0, 2, 3, 1))
+
+    def labels(self) -> npt.NDArray[Any]:
+        return shapes.labels(np.arange(self._count))
+
+    def digest(self, index: int) -> bytes:
+        # What is drawn follows from these; the pixels may differ by a rounding between machines.
+        return hashlib.sha256(f"shapes {shapes.VERSION} {self._split} {index}".encode()).digest()
+
+
+class ArrayRows(Rows):
+    """A numpy file: ``.npy`` of pictures, memory-mapped, or ``.npz`` of ``images`` and perhaps ``labels``.
+
+    Raises:
+        InputError: the file is damaged, holds pickled objects, or arrays that are not (N, H, W) or (N, H, W, C).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            if path.suffix.lower() == ".npy":
+                self._images, self._labels = np.load(path, mmap_mode="r", allow_pickle=False), None
+            else:
+                self._images, self._labels = _read_npz(path)
+        except BROKEN as error:
+            pickled = "pickle" in str(error) or "Python objects" in str(error)
+            reason = "pickled Python objects are refused: loading them can run any program"
+            raise InputError(
+                f"'{path}' cannot be read as plain arrays ({reason if pickled else first_line(error)}).",
+                "Save with numpy.savez(path, images=uint8_array, labels=integer_array).",
+            ) from error
+        self._check()
+
+    def _check(self) -> None:
+        shape, kind = self._images.shape, self._images.dtype.kind
+        if self._images.ndim not in (3, 4) or (self._images.ndim == 4 and shape[3] not in (1, 2, 3, 4)) or 0 in shape:
+            first = self._images.ndim == 4 and shape[1] in (1, 2, 3, 4)
+            raise InputError(
+                f"'{self._path}': images have shape {list(shape)}, expected (N, H, W) or (N, H, W, 1 to 4 channels).",
+                "Move the channels last: images.transpose(0, 2, 3, 1)." if first else "",
+            )
+        if kind not in "buif":
+            raise InputError(f"'{self._path}': images are of type {self._images.dtype}, expected integers or floats.")
+        if self._labels is not None:
+            if self._labels.shape not in ((shape[0],), (shape[0], 1)) or self._labels.dtype.kind not in "buiUS":
+                raise InputError(
+                    f"'{self._path}': labels are {self._labels.dtype} of shape {list(self._labels.shape)}, "
+                    f"expected an integer or a text for each of the {shape[0]} images."
+                )
+            kind = {"S": np.str_, "b": np.int64}.get(self._labels.dtype.kind, self._labels.dtype)
+            self._labels = self._labels.reshape(-1).astype(kind)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrayRows, (self._path,)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
+        return [np.asarray(self._images[index]) for index in indices]
+
+    def labels(self) -> npt.NDArray[Any] | None:
+        return self._labels
+
+    def name(self, index: int) -> str:
+        return f"{self._path.name}[{index}]"
+
+    def digest(self, index: int) -> bytes:
+        pixels = np.ascontiguousarray(self._images[index])
+        return hashlib.sha256(f"{pixels.dtype.str} {pixels.shape}".encode() + pixels.tobytes()).digest()
+
+    def extremes(self, indices: npt.NDArray[np.int64]) -> tuple[float, float, bool] | None:
+        """As the base class, but of every picture: in an array they cost little."""
+        if not is_wide(self._images):
+            return None
+        low, high = np.inf, -np.inf
+        for start in range(0, len(indices), _BLOCK):
+            block = self._images[indices[start : start + _BLOCK]]
+            low, high = np.minimum(low, block.min()), np.maximum(high, block.max())
+        return float(low), float(high), self._images.dtype.kind == "f"
+
+
+def _read_npz(path: Path) -> tuple[Pixels, npt.NDArray[Any] | None]:
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("not an .npz archive")
+    with archive:
+        if "images" not in archive.files:
+            raise InputError(
+                f"'{path}' has no array 'images', only {', '.join(archive.files) or 'nothing'}.",
+                "Save with numpy.savez(path, images=.., labels=..).",
+            )
+        return archive["images"], archive["labels"] if "labels" in archive.files else None
+
+
+class TableRows(Rows):
+    """A `datasets.Dataset`: pictures as encoded bytes, as paths, or as nested lists of numbers.
+
+    Raises:
+        InputError: no column of pictures is found, or a named column is not there or of no use.
+    """
+
+    def __init__(self, table: Any, settings: DataSettings) -> None:
+        self._image_column = _image_column(table.features, settings.image_column)
+        self._label_column = None
+        if settings.labels:
+            self._label_column = _label_column(table.features, settings.label_column, self._image_column)
+        self._images = table.select_columns([self._image_column]).with_format("arrow")
+        self._table = table
+        if self._label_column is not None:
+            names = getattr(table.features[self._label_column], "names", None)
+            self.class_names = None if names is None else tuple(names)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def _cells(self, indices: Sequence[int]) -> list[Any]:
+        cells: list[Any] = self._images[list(indices)].column(0).to_pylist()
+        return cells
+
+    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
+        return [_picture(cell) for cell in self._cells(indices)]
+
+    def labels(self) -> npt.NDArray[Any] | None:
+        if self._label_column is None:
+            return None
+        column = self._table.select_columns([self._label_column]).with_format("arrow")[:].column(0)
+        if column.null_count:
+            raise InputError(
+                f"Column '{self._label_column}' has no value in {column.null_count} of {len(column)} rows.",
+                "Fill them, or set data.labels=false.",
+            )
+        values: npt.NDArray[Any] = column.to_numpy()
+        return values.astype(np.str_ if values.dtype.kind == "O" else np.int64)
+
+    def name(self, index: int) -> str:
+        cell = self._cells([index])[0]
+        path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+        return f"{path} (image {index})" if path else f"image {index}"
+
+    def digest(self, index: int) -> bytes:
+        cell = self._cells([index])[0]
+        try:
+            stored = _stored_bytes(cell)
+        except OSError:
+            stored = b""
+        return hashlib.sha256(repr(cell).encode() if stored is None else stored).digest()
+
+
+def _image_column(features: Any, wanted: str | None) -> str:
+    if wanted is not None:
+        return _named(features, wanted, "data.image_column")
+    for name in IMAGE_COLUMNS:
+        if name in features:
+            return name
+    pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if len(pictures) == 1:
+        return str(pictures[0])
+    raise InputError(
+        f"No column of images found; the columns are {', '.join(features)}.", "Name one with data.image_column."
+    )
+
+
+def _label_column(features: Any, wanted: str | None, image_column: str) -> str | None:
+    names = LABEL_COLUMNS if wanted is None else (_named(features, wanted, "data.label_column"),)
+    for name in names:
+        if name in features and name != image_column:
+            kind = str(getattr(features[name], "dtype", ""))
+            if kind.startswith(("int", "uint", "bool", "string", "large_string")):
+                return name
+    if wanted is not None:
+        raise InputError(
+            f"Column '{wanted}' ({features[wanted]}) does not hold classes.", "Labels are integers, names or text."
+        )
+    return None
+
+
+def _named(features: Any, wanted: str, key: str) -> str:
+    if wanted not in features:
+        raise InputError(
+            f"{key}: there is no column '{wanted}'; the columns are {', '.join(features)}.",
+            did_you_mean(wanted, features),
+        )
+    return wanted
+
+
+def _stored_bytes(cell: Any) -> bytes | None:
+    """The encoded file in a cell, read from its path if the cell has only that; None where it holds numbers."""
+    if isinstance(cell, dict):
+        cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
+    if isinstance(cell, str):
+        return Path(cell).read_bytes()
+    return cell if isinstance(cell, bytes) else None
+
+
+def _picture(cell: Any) -> Picture | Exception:
+    try:
+        stored = _stored_bytes(cell)
+        if stored is None:
+            pixels = np.asarray(cell)
+            if pixels.dtype.kind not in "buif":
+                raise ValueError("the cell holds no picture")
+            return pixels
+        image = Image.open(io.BytesIO(stored))
+        image.load()
+        return image
+    except (*BROKEN, KeyError) as error:
+        return error

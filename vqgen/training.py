@@ -1,0 +1,225 @@
+"""The one training loop, for the codec and for every prior.
+
+What is trained is a `Task`; how, a `TrainingSettings`. Schedules are pure functions of progress in [0, 1],
+which is the share of the steps or, with a budget in minutes, of the time spent in training steps: evaluations,
+previews, checkpoints and pauses do not count, so that models are comparable at equal training time.
+
+With ``steps`` or ``epochs``, a training that was stopped anywhere and resumed is bit for bit the one that was
+not, on one process on the CPU. The loop knows nothing of images, codes or models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch.utils.data import Dataset
+
+from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
+from vqgen.config import TrainingSettings
+from vqgen.console import Console, duration
+from vqgen.errors import ConfigError, InputError, Interrupted
+from vqgen.interrupts import StopSignals
+from vqgen.optimizers import learning_rate_at
+from vqgen.run_folder import locked
+from vqgen.sampler import Batch
+from vqgen.task import Task
+from vqgen.trainer import Trainer
+from vqgen.training_log import MetricLog, means, start_tracker
+from vqgen.training_state import LossReader, State, plain, refuse_differences
+
+__all__ = ["Batch", "FitResult", "Task", "fit", "learning_rate_at", "make_accelerator"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` did; the trained weights are in the task's model."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    """Seconds of training steps, without evaluations, checkpoints and pauses."""
+    best: dict[str, Any]
+    """Validation scalars of the weights kept, and the ``step`` they are from."""
+    finished: bool
+
+
+def make_accelerator(settings: TrainingSettings, players: int = 1, *, cpu: bool = False) -> Accelerator:
+    """The Accelerator for a training of so many players, on the CPU alone where ``cpu``.
+
+    Raises:
+        ConfigError: this machine cannot compute in that precision.
+    """
+    # Buffers are kept the same on all processes by the modules that own them; DDP's own copying would
+    # overwrite what a process has gathered since the last update of a codebook.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=players > 1, broadcast_buffers=False)
+    if AcceleratorState._shared_state:
+        # Accelerate remembers the first precision asked for in a process; stages may differ in theirs.
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(
+            f"training.mixed_precision={settings.mixed_precision} does not work here ({line}).", "Use 'no'."
+        ) from error
+
+
+def fit(
+    task: Task,
+    train: Dataset[Any],
+    validation: Dataset[Any],
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    seed: int,
+    identity: Mapping[str, Any],
+    accelerator: Accelerator,
+    console: Console,
+    resume: bool = False,
+    resume_hint: str = "",
+    description: str = "Training",
+) -> FitResult:
+    """Train ``task`` within its budget and leave the best weights in ``task.model``, in evaluation mode.
+
+    ``folder`` receives metrics.jsonl, checkpoints/ and previews/. ``identity`` is all that a resumed training
+    must have in common with the one it goes on with: plain JSON, such as the architecture and the data's
+    fingerprint; the training settings, the seed and the numbers of images and processes are added here.
+    ``resume_hint`` tells an interrupted user how to go on. Every process of a distributed run calls this alike.
+    The global random generators are seeded for the training and put back afterwards.
+
+    Raises:
+        ConfigError: gradient accumulation with several players, settings of an unknown player, or a resumed
+            training with another identity.
+        InputError: no images, a full disk, an unfinished training without ``resume``, or only damaged checkpoints.
+        DivergedError: a loss or a weight is no longer a finite number.
+        Interrupted: SIGINT or SIGTERM; the state is saved.
+    """
+    main = accelerator.is_main_process
+    console = console if main else Console(silent=True)
+    store = CheckpointStore(folder / "checkpoints", settings.keep)
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_state())
+        if main:
+            stack.enter_context(locked(store.folder / ".lock"))
+        if store.latest() and not resume:
+            raise InputError(f"{folder} holds a training.", "Go on with --resume, or start over with --overwrite.")
+        seed_random_state(seed, accelerator.process_index)
+        trainer = stack.enter_context(Trainer(task, settings, accelerator, train, validation, seed))
+        known = plain({**identity, **trainer.identity})
+        state = State()
+
+        checkpoint = store.load(console.warn)
+        if checkpoint is not None:
+            refuse_differences(checkpoint.state["identity"], known, folder)
+            state = trainer.restore(checkpoint)
+            if state.finished:
+                return _finish(trainer, state)
+            console.say(f"{description}: resuming at step {state.step:,}.")
+        elif resume:
+            console.say(f"{description}: no checkpoint in {store.folder}, starting at step 0.")
+        accelerator.wait_for_everyone()
+        log = None
+        if main:
+            if checkpoint is not None:
+                store.discard_after(checkpoint)
+            store.sweep()
+            log = MetricLog(folder / "metrics.jsonl", start_tracker(settings.tracker, folder))
+            stack.callback(log.close)
+            log.cut(state.step)
+
+        first = state.step
+        batches = trainer.training_batches(first)
+        losses = LossReader(lag=0 if accelerator.device.type == "cpu" else 1, last_good=store.latest())
+        signals = stack.enter_context(StopSignals(notice=main))
+        bar = stack.enter_context(console.progress(description, unit="images", share=trainer.progress(state)))
+        # The loop runs once more than there are steps, so that what follows the last step is as after any other.
+        while True:
+            state.seconds, stop = _agree(accelerator, state.seconds, signals.received)
+            progress = trainer.progress(state)
+            done = progress >= 1
+
+            if done or state.due(settings.evaluate_every, first):
+                losses.read(state, lag=0)
+                with console.progress("Evaluating", trainer.validation_images, "images") as evaluated:
+                    metrics = trainer.evaluate(evaluated)
+                console.say(_evaluation_line(trainer, state, metrics))
+                if state.judge(metrics):
+                    trainer.keep_best()
+                if state.parted():
+                    console.warn(
+                        "The validation loss rises while the training loss falls: the model learns the training "
+                        "split by heart. The best weights are kept; 'patience' would stop early."
+                    )
+                if log is not None:
+                    log.write(state.step, trainer.epochs(state), "validation", state.seconds, metrics)
+                done = done or (settings.patience is not None and state.since_best >= settings.patience)
+
+            if done or state.due(settings.log_every, first):
+                losses.read(state, lag=0)
+                if log is not None and state.train:
+                    log.write(state.step, trainer.epochs(state), "train", state.seconds, means(state.train))
+                state.train = {}
+
+            if main and (done or state.due(settings.preview_every, first)):
+                trainer.preview(folder / "previews" / f"step-{state.step:06d}.png")
+
+            if done or stop or state.due(settings.checkpoint_every, first):
+                losses.read(state, lag=0)
+                state.finished = done
+                if done and state.best is None:
+                    trainer.keep_best()
+                trainer.refuse_damage(state, losses.last_good)
+                losses.last_good = store.save(state.step, *trainer.snapshot(state, known), accelerator)
+
+            # A request that came during the last evaluation is not lost: what follows the training must not start.
+            if stop or (done and signals.received):
+                raise Interrupted(
+                    f"{description} stopped at step {state.step:,}; its state is saved.",
+                    resume_hint or "Go on with --resume.",
+                )
+            if done:
+                return _finish(trainer, state)
+
+            started = time.perf_counter()
+            losses.add(trainer.step(batches, progress, state.step))
+            losses.read(state)
+            state.step += 1
+            state.seconds += time.perf_counter() - started
+            bar.advance(trainer.images_per_step, share=trainer.progress(state), note=losses.note)
+
+
+def _agree(accelerator: Accelerator, seconds: float, stop: bool) -> tuple[float, bool]:
+    """The first process's seconds, and whether any process is to stop: every process goes by the same."""
+    if accelerator.num_processes == 1:
+        return seconds, stop
+    own = torch.tensor([seconds * accelerator.is_main_process, stop], dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(own, "sum").tolist()
+    return total[0], total[1] > 0
+
+
+def _evaluation_line(trainer: Trainer, state: State, metrics: Mapping[str, float]) -> str:
+    """``"step 500 of 10,000: train loss 0.0123, validation loss 0.0131 (best so far)"``."""
+    if trainer.total_steps is None:
+        budget = 60 * (trainer.settings.minutes or 0)
+        where = f"step {state.step:,}, {duration(state.seconds)} of {duration(budget)}"
+    else:
+        where = f"step {state.step:,} of {trainer.total_steps:,}"
+    parts = [f"train {name} {loss:.4g}" for name, loss in means(state.interval).items()]
+    if "loss" in metrics:
+        best = state.best is None or metrics["loss"] < state.best["loss"]
+        parts.append(f"validation loss {metrics['loss']:.4g}" + (" (best so far)" if best else ""))
+    return f"{where}: {', '.join(parts) or 'evaluated'}"
+
+
+def _finish(trainer: Trainer, state: State) -> FitResult:
+    trainer.load_best()
+    kept = state.best or state.last or {}
+    return FitResult(state.step, trainer.epochs(state), state.seconds, kept, finished=True)

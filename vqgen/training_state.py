@@ -1,0 +1,163 @@
+"""What a training keeps in mind from step to step: counters, the best evaluation, losses not yet read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vqgen.errors import ConfigError, DivergedError
+from vqgen.training_log import add_scalars, means
+
+PARTING = 4
+"""Evaluations in a row over which the training and validation losses part before it is said."""
+
+
+@dataclass
+class State:
+    """The part of a training's state that is plain JSON; a checkpoint holds all of it."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    seconds: float = 0.0
+    """Seconds spent in training steps."""
+    best: dict[str, Any] | None = None
+    """Scalars of the evaluation with the least loss, and its ``step``."""
+    last: dict[str, Any] | None = None
+    """The same of the newest evaluation."""
+    since_best: int = 0
+    """Evaluations since the best one."""
+    history: list[list[float]] = field(default_factory=list)
+    """[training loss, validation loss] of the newest evaluations."""
+    warned: bool = False
+    """Whether it was said that the two part ways."""
+    train: dict[str, list[float]] = field(default_factory=dict)
+    """Sums of the training scalars since the last line of metrics.jsonl."""
+    interval: dict[str, list[float]] = field(default_factory=dict)
+    """Sums of the training losses since the last evaluation."""
+    finished: bool = False
+
+    def due(self, every: int, first: int) -> bool:
+        """Whether what happens ``every`` so many steps is to happen now; at step ``first`` it already has."""
+        return self.step > first and self.step % every == 0
+
+    def judge(self, metrics: Mapping[str, float]) -> bool:
+        """Take in an evaluation: whether it is the best so far."""
+        train = means(self.interval)
+        self.interval = {}
+        self.last = {"step": self.step, **metrics}
+        loss = metrics.get("loss")
+        if loss is None:
+            return False
+        # The losses of players against each other say nothing of the fit.
+        if len(train) == 1:
+            self.history = [*self.history, [*train.values(), loss]][-PARTING:]
+        improved = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
+        self.best = self.last if improved else self.best
+        self.since_best = 0 if improved else self.since_best + 1
+        return improved
+
+    def parted(self) -> bool:
+        """Whether the validation loss has risen and the training loss fallen at every recent evaluation: once."""
+        pairs = list(zip(self.history, self.history[1:], strict=False))
+        parting = len(self.history) == PARTING and all(b[0] < a[0] and b[1] > a[1] for a, b in pairs)
+        if self.warned or not parting:
+            return False
+        self.warned = True
+        return True
+
+
+class StepLosses(NamedTuple):
+    """The scalars of one step, still on the device."""
+
+    step: int
+    rates: dict[str, float]
+    """Learning rate by the name of each loss."""
+    names: Sequence[str]
+    values: Tensor  # (len(names),)
+
+
+class LossReader:
+    """Reads the scalars of each step into the running means, and stops the training at a bad loss.
+
+    ``lag`` steps are left unread, so that a GPU never waits for the numbers of the step it has just begun; at
+    an evaluation, a log line and a checkpoint all are read.
+    """
+
+    def __init__(self, lag: int, last_good: Path | None) -> None:
+        self.lag = lag
+        self.last_good = last_good
+        """The newest checkpoint."""
+        self.note = ""
+        """The newest losses, in words."""
+        self._unread: deque[StepLosses] = deque()
+
+    def add(self, losses: StepLosses) -> None:
+        self._unread.append(losses)
+
+    def read(self, state: State, lag: int | None = None) -> None:
+        """Read all but the newest ``lag`` steps.
+
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        while len(self._unread) > (self.lag if lag is None else lag):
+            step, rates, names, values = self._unread.popleft()
+            scalars = dict(zip(names, values.tolist(), strict=True))
+            losses = {name: scalars[name] for name in rates}
+            for name, loss in losses.items():
+                if not math.isfinite(loss):
+                    raise diverged(
+                        f"{name} is {loss} at step {step:,} (learning rate {rates[name]:.3g}).", self.last_good
+                    )
+            self.note = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+            add_scalars(state.train, scalars)
+            add_scalars(state.interval, losses)
+
+
+def diverged(message: str, last_good: Path | None) -> DivergedError:
+    """The error of a training whose numbers are no longer finite."""
+    saved = f"The last good checkpoint is {last_good}. " if last_good else ""
+    return DivergedError(
+        f"The training diverged: {message}",
+        f"{saved}Lower training.learning_rate, or set training.clip=1, and train again with --overwrite.",
+    )
+
+
+def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """``identity`` as it comes back from a JSON file: tuples are lists, paths are text."""
+    return json.loads(json.dumps(identity, default=str))  # type: ignore[no-any-return]
+
+
+def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Raise a `ConfigError` that lists every setting in which two identities differ."""
+    was, is_ = _flat(saved), _flat(now)
+    lines = []
+    for key in sorted(was.keys() | is_.keys()):
+        if was.get(key) != is_.get(key):
+            lines.append(f"\n  {key}: was {_shown(was, key)}, now {_shown(is_, key)}")
+    if lines:
+        raise ConfigError(
+            f"The training in {folder} was started with other settings:{''.join(lines)}",
+            "Resume with the same settings, or start over with --overwrite.",
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if values.get(key) is not None else "not set"
