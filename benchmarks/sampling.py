@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -40,8 +41,8 @@ PRIORS: dict[str, dict[str, Any]] = {
 }
 CODEBOOK_SIZE = 512
 CHECKED_STEPS = 16
-UNCACHED_CODES = 4096
-"""Codes of one image that the uncached way computes in one repeat: this many over the codes of a map, passes."""
+UNCACHED_CODES = 2048
+"""Codes of one image that the uncached way computes in one repeat: the number of passes is this over h * w."""
 
 
 class LibraryStepper:
@@ -178,14 +179,14 @@ def main() -> None:
         "--sizes", nargs="+", type=int, default=[8, 16, 32], help="sides of the maps (default: 8 16 32)"
     )
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
-        measure(name, size, arguments.batch_size, arguments.repeats)
-        for name in arguments.priors
-        for size in arguments.sizes
-    ]
+    rows = []
+    for name in arguments.priors:
+        for size in arguments.sizes:
+            print(f"measuring {name} at {size}x{size}", file=sys.stderr, flush=True)
+            rows.append(measure(name, size, arguments.batch_size, arguments.repeats))
     print_table(rows)
     if arguments.json:
         setting = {

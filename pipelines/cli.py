@@ -8,7 +8,7 @@ right, 130 interrupted.
 from __future__ import annotations
 
 import errno
-import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -145,7 +145,7 @@ def train_codes_command(
     """Train the codec, then encode the data with it."""
     from pipelines.train_codes import train_codes
 
-    run, settings = open_new_run(config, data, run_path, sets, seed, minutes, resume=resume)
+    run, settings = open_new_run(config, data, run_path, sets, seed, minutes, resume=resume, short_for="codec")
     console = make_console(as_json)
     hint = again(f"vqgen train-codes --run {run.path} --resume")
     record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=hint)
@@ -374,6 +374,7 @@ def open_new_run(
     minutes: float | None,
     *,
     resume: bool,
+    short_for: str | None = None,
 ) -> tuple[RunFolder, Any]:
     """The run of a command that may make it, and its settings: those of the run where it is there and is resumed."""
     from pipelines.settings import new_run_settings, run_settings
@@ -383,8 +384,8 @@ def open_new_run(
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"{run.path} is a file.", "Name a folder with --run.")
     if resume and run.config.is_file() and config is None:
-        return run, run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for="codec")
-    return run, new_run_settings(config, data, sets, seed=seed, minutes=minutes)
+        return run, run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for=short_for)
+    return run, new_run_settings(config, data, sets, seed=seed, minutes=minutes, short_for=short_for)
 
 
 def open_run(run_path: str | None, config: str | None = None) -> RunFolder:
@@ -396,7 +397,8 @@ def open_run(run_path: str | None, config: str | None = None) -> RunFolder:
 def make_console(as_json: bool) -> Console:
     from vqgen.console import Console
 
-    return Console(quiet=as_json)
+    # Under a launcher every process runs the command; the first one speaks.
+    return Console(quiet=as_json, silent=os.environ.get("RANK", "0") != "0")
 
 
 def again(command: str) -> str:
@@ -422,7 +424,7 @@ def print_comparison(console: Console, result: Any) -> None:
 def finish(console: Console, record: Any, as_json: bool, made: dict[str, Any], next_step: str) -> None:
     """Print the record as JSON, or where the output is and the next command to run."""
     if as_json:
-        click.echo(json.dumps(record, indent=2, default=str))
+        console.json(record)
         return
     for name, path in made.items():
         console.result(f"{name}: {path}")

@@ -14,8 +14,9 @@ import yaml
 from priors import registry
 from vqgen.codes import level_names
 from vqgen.config import Config, apply_sets, build, check, merge, raise_problems, read_layers, read_yaml
-from vqgen.errors import ConfigError, InputError
+from vqgen.errors import InputError
 from vqgen.run_folder import DEFAULT_PRESET, RunFolder, write_text
+from vqgen.training_state import plain, refuse_differences
 
 OWN_IMAGES_PRESET = "images"
 
@@ -27,11 +28,12 @@ def new_run_settings(
     *,
     seed: int | None = None,
     minutes: float | None = None,
+    short_for: str | None = None,
 ) -> Config:
     """Settings of a run about to be made.
 
     ``config`` is a preset name or a YAML file; without it the preset is ``shapes``, or ``images`` where
-    ``data`` names a source. ``minutes`` is the budget of the codec.
+    ``data`` names a source. ``short_for`` is as in `merged_settings`, and ``minutes`` is its budget.
 
     Raises:
         ConfigError: with every problem at once.
@@ -39,7 +41,7 @@ def new_run_settings(
     """
     name = config or (OWN_IMAGES_PRESET if data else DEFAULT_PRESET)
     values = read_layers(name)
-    return merged_settings(values, sets, source=data, seed=seed, minutes=minutes, short_for="codec", file=name)
+    return merged_settings(values, sets, source=data, seed=seed, minutes=minutes, short_for=short_for, file=name)
 
 
 def run_settings(
@@ -84,7 +86,7 @@ def prior_settings_of_run(
         config = merged_settings(
             values, sets, source=None, seed=None, minutes=minutes, short_for=group, file=str(run.config)
         )
-    require_codec_settings(stored, config)
+    require_codec_settings(run, stored, config)
     if config != stored:
         save_settings(run, config)
     return config.model_copy(update={"seed": seed}) if seed is not None else config
@@ -208,25 +210,17 @@ def parse_per_level(text: str, levels: Sequence[str], convert: Any, option: str)
     return result
 
 
-def require_codec_settings(stored: Config, given: Config) -> None:
+def codec_identity(config: Config) -> dict[str, Any]:
+    """The settings that a codec and its codes depend on."""
+    values = config.model_dump(mode="json", include={"data", "codec", "seed"})
+    values["codec"]["training"] = config.codec.training.identity()
+    return values
+
+
+def require_codec_settings(run: RunFolder, stored: Config, given: Config) -> None:
     """Refuse settings that differ from those the run's codec and codes were made with.
 
     Raises:
         ConfigError: listing what differs.
     """
-    was = stored.model_dump(mode="json", include={"data", "codec", "seed"})
-    now = given.model_dump(mode="json", include={"data", "codec", "seed"})
-    differences = list(_differences(was, now, ""))
-    if differences:
-        raise ConfigError(
-            "This run was made with other settings:" + "".join(f"\n  {line}" for line in differences) + "\n",
-            "Name another run with --run, or redo the codec with --overwrite.",
-        )
-
-
-def _differences(was: Any, now: Any, key: str) -> Any:
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for name in [*was, *(name for name in now if name not in was)]:
-            yield from _differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif was != now:
-        yield f"{key}: was {was!r}, now {now!r}"
+    refuse_differences(plain(codec_identity(stored)), plain(codec_identity(given)), run.codec)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.encode import encode_splits
-from pipelines.settings import require_codec_settings, run_settings, save_settings
+from pipelines.settings import codec_identity, require_codec_settings, run_settings, save_settings
 from vqgen.checkpoint import CheckpointStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.config import Config
@@ -106,7 +106,7 @@ def train_codes(
             "Go on with --resume, or start again with --overwrite.",
         )
     if run.config.is_file() and resume:
-        require_codec_settings(run_settings(run), config)
+        require_codec_settings(run, run_settings(run), config)
     if done and run.stage("codes"):
         console.say(f"{run.path}: the codec is trained and the data encoded; nothing to do.")
         return done
@@ -123,7 +123,6 @@ def train_codes(
         console.say(describe(codec, data))
         validation = data.splits["validation"]
         task = CodecTask(codec, first_images(validation, PREVIEW_IMAGES))
-        identity = config.model_dump(mode="json", include={"data", "codec", "seed"})
         result = fit(
             task,
             data.splits["train"],
@@ -131,11 +130,12 @@ def train_codes(
             settings,
             run.codec,
             seed=config.seed,
-            identity=identity,
+            identity=codec_identity(config),
             accelerator=accelerator,
             console=console,
             resume=resume,
             resume_hint=hint,
+            description="codec",
         )
         codec.to(accelerator.device).eval()
         figures = calibrate(codec, validation, settings.batch_size, console)

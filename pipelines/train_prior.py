@@ -155,7 +155,7 @@ def train_level(
     console.say(f"{name}, {target.name}: {parameters:,} parameters; {len(train):,} code maps")
     record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "parameters": parameters, "validation": {}}
     identity = {"prior": name, "config": settings.config.model_dump(mode="json"), "seed": config.seed}
-    identity |= {"training": settings.training.model_dump(mode="json"), "codes": store.fingerprint}
+    identity |= {"codes": store.fingerprint}
     if prior.players:
         task = PriorTask(prior, level, config.seed, lambda model: preview(codec, validation, model, level, config.seed))
         result = fit(
@@ -170,6 +170,7 @@ def train_level(
             console=console,
             resume=resume,
             resume_hint=hint,
+            description=f"{name}, {target.name}",
         )
         record |= {"steps": result.steps, "seconds": round(result.seconds, 2), "validation": result.best}
     prior.eval()
@@ -177,7 +178,10 @@ def train_level(
     if accelerator.is_main_process:
         prior.save_pretrained(folder)
         write_json(folder / "metrics.json", record["validation"])
-        record |= {"fingerprint": fingerprint(folder), "settings": identity}
+        record |= {
+            "fingerprint": fingerprint(folder),
+            "settings": {**identity, "training": settings.training.model_dump(mode="json", exclude_none=True)},
+        }
         run.record_stage(run.prior_stage(name, target.name), record)
     accelerator.wait_for_everyone()
     return record

@@ -58,7 +58,7 @@ def check_prior(
         for spec in specs():
             case = make_case(cls, given, spec)
             _check_training(case)
-            _check_settings(case, given)
+            _check_settings(case)
             with _unchanged(case):
                 _check_likelihood(case, tolerance)
                 _check_samples(case)
@@ -106,7 +106,7 @@ def _check_training(case: Case) -> None:
     prior.eval()
 
 
-def _check_settings(case: Case, config: Settings | Mapping[str, Any]) -> None:
+def _check_settings(case: Case) -> None:
     cls = type(case.prior)
     demand(isinstance(case.prior.config, cls.Config), "prior.config is not an instance of its Config", case)
     again = cls(case.prior.config, case.prior.spec)

@@ -38,7 +38,7 @@ class PixelCNNConfig(Settings):
     width: int = Field(128, ge=1)
     """Channels of each stack."""
     blocks: int = Field(8, ge=1)
-    """Gated layers; the reach is about blocks x kernel / 2 positions up and to both sides."""
+    """Gated layers; each reaches kernel // 2 positions further up, to the left, and above to both sides."""
     first_kernel: int = Field(5, ge=1)
     """Side of the first layer's kernel; odd."""
     kernel: int = Field(3, ge=1)
@@ -118,6 +118,7 @@ class PixelCNN(AutoregressivePrior):
         super().__init__(config, spec)
         target, width = spec.target, self.config.width
         self.embedding = nn.Embedding(target.codebook_size, width)
+        nn.init.normal_(self.embedding.weight, std=0.3)  # measured: at 1, as is usual, and at 0.1 it learns more slowly
         self.row = nn.Parameter(0.1 * torch.randn(target.height, width))
         self.column = nn.Parameter(0.1 * torch.randn(target.width, width))
         self.conditional = bool(spec.context) or spec.classes > 0

@@ -144,7 +144,7 @@ def check_section(name: str, section: Any, levels: Iterable[str] | None = None) 
     known = list(levels) if levels is not None else list(level_names(MAX_LEVELS))
     for level in section.get("levels") or {}:
         if level not in known:
-            hint = did_you_mean(level, known) or f"Known: {', '.join(known)}."
+            hint = did_you_mean(str(level), known) or f"Known: {', '.join(known)}."
             problems.append(f"{where}.levels.{level}: unknown level. {hint}")
             continue
         # What is wrong for every level was said above; said here is what is wrong at this one only.
@@ -154,18 +154,21 @@ def check_section(name: str, section: Any, levels: Iterable[str] | None = None) 
 
 
 def _layered(prior: type[Prior], section: Mapping[str, Any], level: str | None) -> dict[str, Any]:
-    """Architecture settings and ``training``, merged; the level's own on top."""
-    own = {key: value for key, value in section.items() if key != "levels" and value is not None}
-    merged = merge({"training": prior.training_defaults}, own)
-    return merge(merged, (section.get("levels") or {}).get(level) or {}) if level is not None else merged
+    """Architecture settings and ``training``, merged; the level's own on top. An empty ``training:`` says nothing."""
+    merged: dict[str, Any] = {"training": prior.training_defaults}
+    layers = [{key: value for key, value in section.items() if key != "levels"}]
+    if level is not None:
+        layers.append((section.get("levels") or {}).get(level) or {})
+    for layer in layers:
+        merged = merge(merged, {key: value for key, value in layer.items() if (key, value) != ("training", None)})
+    return merged
 
 
 def _check_layer(prior: type[Prior], merged: Mapping[str, Any], where: str) -> list[str]:
     """Problems of one level's merged settings, without ``where`` before their keys."""
     architecture = {key: value for key, value in merged.items() if key != "training"}
     _, problems = check(prior.Config, architecture, where)
-    training = merged.get("training")
-    problems += check(TrainingSettings, {} if training is None else training, f"{where}.training")[1]
+    problems += check(TrainingSettings, merged["training"], f"{where}.training")[1]
     return [line.removeprefix(where) for line in problems]
 
 

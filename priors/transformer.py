@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from x_transformers import Decoder, TransformerWrapper
 
-from priors.base import AutoregressivePrior, PriorSpec, Stepper
+from priors.base import AutoregressivePrior, PriorSpec, Stepper, evaluating
 from priors.conditioning import Conditioner
 from priors.registry import register
 from priors.transformer_step import make_stepper
@@ -121,16 +121,18 @@ class Transformer(AutoregressivePrior):
         """What is added to the input that predicts each position: place and conditioning, (B, h * w, dim)."""
         places = rearrange(self.rows, "h d -> h 1 d") + rearrange(self.columns, "w d -> 1 w d")
         given = rearrange(self.conditioner(context, label, batch_size), "b d h w -> b (h w) d")
-        return repeat(places, "h w d -> b (h w) d", b=batch_size) + given
+        embeds: Tensor = repeat(places, "h w d -> b (h w) d", b=batch_size) + given
+        return embeds
 
     def logits(self, codes: Tensor, context: Codes = (), label: Tensor | None = None) -> Tensor:
         """Logits (B, h, w, K) of every code given those before it, from codes (B, h, w) in one pass."""
         tokens = F.pad(rearrange(codes, "b h w -> b (h w)")[:, :-1], (1, 0), value=self.start)
-        logits = self.net(tokens, sum_embeds=self.embeds(context, label, len(codes)))
+        logits: Tensor = self.net(tokens, sum_embeds=self.embeds(context, label, len(codes)))
         return rearrange(logits, "b (h w) k -> b h w k", h=self.spec.target.height)
 
     @torch.no_grad()
     def stepper(self, batch_size: int, context: Codes = (), label: Tensor | None = None) -> Stepper:
-        """Logits one position at a time; see `priors.transformer_step`."""
+        """Logits one position at a time, from the weights as they are now; see `priors.transformer_step`."""
         heads = (self.config.heads, self.config.kv_heads)
-        return make_stepper(self.net, heads, self.start, self.embeds(context, label, batch_size))
+        with evaluating(self):
+            return make_stepper(self.net, heads, self.start, self.embeds(context, label, batch_size))

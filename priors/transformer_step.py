@@ -1,9 +1,9 @@
 """One position at a time through an x-transformers decoder, with keys and values in preallocated caches.
 
-The library's own cache concatenates all keys and values anew at every step and rotates all keys again, and
-its generality costs some hundred small operations per block. Here the weights are packed once for the whole
-map: queries, keys and values in one matrix, normalisation gains and the attention's scale multiplied into
-the matrix behind them, all transposed to (in, out). Keys are rotated once, when they are stored.
+The library's own cache copies all keys and values at every step, to append one, and rotates all keys anew:
+most of the time on a long map. Here they are written in place, rotated once. The weights are packed once for the
+whole map: queries, keys and values in one matrix, normalisation gains and the attention's scale multiplied into
+the matrix behind them, all transposed to (in, out).
 
 It computes what `TransformerWrapper` computes, for exactly the architecture `priors.transformer` builds:
 causal self-attention and SwiGLU in pre-norm blocks, bias-free LayerNorm, interleaved rotary positions over the
@@ -26,8 +26,8 @@ EPSILON = 1e-5
 """Of the library's LayerNorm."""
 PROBED = 3
 """Positions on which the packed step is compared with the network before it is trusted."""
-TOLERANCE = 1e-3
-"""Of that comparison: far above rounding, far below any real difference."""
+TOLERANCE = 1e-2
+"""Of that comparison: above rounding, be it that of TF32, and below what another architecture makes of it."""
 
 
 class _Block(NamedTuple):
@@ -55,16 +55,16 @@ class _Unexpected(Exception):
 
 
 class PackedStepper:
-    """Cached decoding over packed weights.
+    """Cached decoding over packed weights, in their precision whatever the autocast.
 
     Batch and positions are those of ``embeds`` (B, N, dim), which is added to the token embeddings; ``heads``
     are the H heads of queries and the G of keys and values.
     """
 
-    def __init__(self, net: nn.Module, heads: tuple[int, int], start: int, embeds: Tensor) -> None:
+    def __init__(self, packed: _Packed, heads: tuple[int, int], start: int, embeds: Tensor) -> None:
         batch, positions, dim = embeds.shape
         width = dim // heads[0]
-        self._packed = packed = _pack(net, *heads)
+        self._packed = packed
         self._added = rearrange(embeds, "b n d -> n b d").contiguous()
         self._start = torch.full((batch,), start, device=embeds.device)
         angles = torch.outer(torch.arange(positions, device=embeds.device).to(embeds), packed.frequencies)
@@ -115,6 +115,7 @@ class LibraryStepper:
     def step(self, previous: Tensor | None) -> Tensor:
         """Logits (B, K) of the next position, given the code (B,) at the one before; None at the first."""
         tokens = self._previous if previous is None else previous
+        logits: Tensor
         logits, self._cache = self._net(
             tokens[:, None],
             sum_embeds=self._embeds[:, self._position : self._position + 1],
@@ -123,7 +124,7 @@ class LibraryStepper:
             input_not_include_cache=True,
         )
         self._position += 1
-        return torch.as_tensor(logits)[:, -1]
+        return logits[:, -1]
 
 
 def make_stepper(net: nn.Module, heads: tuple[int, int], start: int, embeds: Tensor) -> PackedStepper | LibraryStepper:
@@ -132,8 +133,9 @@ def make_stepper(net: nn.Module, heads: tuple[int, int], start: int, embeds: Ten
     ``start`` is the token before the first position; ``embeds`` (B, N, dim) is added to the token embeddings.
     """
     try:
-        _probe(net, heads, start, embeds[:1, :PROBED])
-        return PackedStepper(net, heads, start, embeds)
+        packed = _pack(net, embeds.shape[-1], *heads)
+        few = embeds[:1, :PROBED]
+        _probe(net, PackedStepper(packed, heads, start, few), start, few)
     except _Unexpected as problem:
         warnings.warn(
             f"Sampling with the slower cache of x-transformers itself, as its network is not the expected one: "
@@ -142,24 +144,28 @@ def make_stepper(net: nn.Module, heads: tuple[int, int], start: int, embeds: Ten
             stacklevel=3,
         )
         return LibraryStepper(net, start, embeds)
+    return PackedStepper(packed, heads, start, embeds)
 
 
 @torch.no_grad()
-def _probe(net: nn.Module, heads: tuple[int, int], start: int, embeds: Tensor) -> None:
-    """Compare the packed step with the full pass of ``net`` on the first few positions."""
+def _probe(net: nn.Module, stepper: PackedStepper, start: int, embeds: Tensor) -> None:
+    """Compare ``stepper`` with the full pass of ``net`` over ``embeds`` (1, n, dim)."""
     tokens = torch.arange(start, start - embeds.shape[1], -1, device=embeds.device).clamp_min(0)
-    stepper = PackedStepper(net, heads, start, embeds)
-    packed = torch.stack([stepper.step(token.expand(len(embeds))) for token in tokens], dim=1)
+    stepped = torch.stack([stepper.step(token.expand(len(embeds))) for token in tokens], dim=1)
     with torch.autocast(embeds.device.type, enabled=False):
         full = net(tokens.expand(len(embeds), -1), sum_embeds=embeds)
-    if not torch.allclose(packed, full, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
-        raise _Unexpected(f"its logits are off by {float((packed - full).abs().max()):.2g}")
+    if not torch.allclose(stepped, full, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+        raise _Unexpected(f"the logits differ by {float((stepped - full).abs().max()):.2g}")
 
 
 @torch.no_grad()
-def _pack(net: nn.Module, heads: int, kv_heads: int) -> _Packed:
-    """Weights of ``net``, whose normalisation gains are stored less 1, packed; none may be left over."""
-    left = dict(net.state_dict())
+def _pack(net: nn.Module, dim: int, heads: int, kv_heads: int) -> _Packed:
+    """Weights of ``net``, whose normalisation gains are stored less 1, packed.
+
+    Raises:
+        _Unexpected: a weight is missing, of another shape or precision, or left over.
+    """
+    left: dict[str, Tensor] = dict(net.state_dict())
 
     def take(name: str, *shape: int) -> Tensor:
         weight = left.pop(name, None)
@@ -168,8 +174,10 @@ def _pack(net: nn.Module, heads: int, kv_heads: int) -> _Packed:
             raise _Unexpected(f"'{name}' should be float32 or float64 {list(shape)}, found {found}")
         return weight
 
-    tokens = take("token_emb.emb.weight", *left.get("token_emb.emb.weight", torch.empty(0)).shape)
-    codes, dim = tokens.shape[0] - 1, tokens.shape[1]
+    def size(name: str) -> int:
+        return len(left.get(name, ()))
+
+    tokens = take("token_emb.emb.weight", size("token_emb.emb.weight"), dim)
     width = dim // heads
     blocks: list[_Block] = []
     while f"attn_layers.layers.{2 * len(blocks)}.1.to_q.weight" in left:
@@ -181,7 +189,7 @@ def _pack(net: nn.Module, heads: int, kv_heads: int) -> _Packed:
         # The library's head number h reads the keys of head h modulo G.
         q = rearrange(q, "(r g d) i -> (g r d) i", g=kv_heads, d=width)
         out = rearrange(out, "o (r g d) -> o (g r d)", g=kv_heads, d=width)
-        hidden = len(left.get(f"{feed}.1.ff.0.proj.bias", ())) // 2
+        hidden = size(f"{feed}.1.ff.0.proj.bias") // 2
         feed_gain = take(f"{feed}.0.0.gamma", dim) + 1
         blocks.append(
             _Block(
@@ -195,7 +203,7 @@ def _pack(net: nn.Module, heads: int, kv_heads: int) -> _Packed:
         )
     frequencies = take("attn_layers.rotary_pos_emb.inv_freq", width // 2)
     final_gain = take("attn_layers.final_norm.gamma", dim) + 1
-    logits = _transpose(take("to_logits.weight", codes, dim) * final_gain)
+    logits = _transpose(take("to_logits.weight", len(tokens) - 1, dim) * final_gain)
     if left:
         raise _Unexpected(f"it has weights unknown here ({', '.join(sorted(left))})")
     return _Packed(tokens, blocks, logits, frequencies)
@@ -213,4 +221,5 @@ def _normalize(x: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Each pair of neighbouring numbers of x (..., width) as a complex number, times turn (width / 2,)."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(-2)

@@ -43,15 +43,22 @@ class CodeStoreInfo:
 
 
 def column_dtype(level: LevelSpec) -> np.dtype[Any]:
+    """The smallest integers that a level's codes are kept in."""
     return np.dtype(np.int16 if level.codebook_size <= 2**15 else np.int32)
 
 
 def column_types(info: CodeStoreInfo) -> dict[str, Any]:
+    """Arrow types of the columns of a split, by name and in order."""
     types = {level.name: pa.list_(pa.from_numpy_dtype(column_dtype(level)), level.positions) for level in info.levels}
     return {**types, LABEL: pa.int64()} if info.class_names else types
 
 
 def read_info(path: Path) -> CodeStoreInfo:
+    """The content of a codes.json.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     if not path.is_file():
         raise InputError(f"No codes at '{path.parent}': {INFO} is missing.", ENCODE_AGAIN)
     try:

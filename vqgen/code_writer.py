@@ -74,7 +74,7 @@ class CodeWriter:
         info = replace(
             self.info,
             splits={name: writer.count for name, writer in self._open.items()},
-            content={name: writer.digest.hexdigest() for name, writer in self._open.items()},
+            content={name: writer.digest() for name, writer in self._open.items()},
         )
         text = json.dumps({"format": FORMAT, **asdict(info)}, indent=2, ensure_ascii=False) + "\n"
         (self._temporary / INFO).write_text(text, encoding="utf-8")
@@ -97,7 +97,6 @@ class _SplitWriter:
         import datasets
 
         self.count = 0
-        self.digest = hashlib.sha256()
         self._folder, self._info = folder, info
         features = {
             level.name: datasets.Sequence(datasets.Value(column_dtype(level).name), length=level.positions)
@@ -106,6 +105,7 @@ class _SplitWriter:
         if info.class_names:
             features[LABEL] = datasets.ClassLabel(names=list(info.class_names))
         self._features = datasets.Features(features)
+        self._digests = {name: hashlib.sha256() for name in features}
         self._pending: list[dict[str, npt.NDArray[Any]]] = []
         row_bytes = sum(level.positions * column_dtype(level).itemsize for level in info.levels)
         self._chunk_rows = max(1, _CHUNK_BYTES // row_bytes)
@@ -117,11 +117,15 @@ class _SplitWriter:
         return self
 
     def add(self, columns: dict[str, npt.NDArray[Any]]) -> None:
-        for name in sorted(columns):
-            self.digest.update(name.encode() + columns[name].astype("<i8").tobytes())
+        for name, digest in self._digests.items():
+            digest.update(columns[name].astype("<i8").tobytes())
         self._pending.append(columns)
         if sum(len(next(iter(waiting.values()))) for waiting in self._pending) >= self._chunk_rows:
             self._flush()
+
+    def digest(self) -> str:
+        """SHA-256 of the codes and labels added so far, whatever the batches they came in."""
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests.values())).hexdigest()
 
     def _flush(self) -> None:
         schema = self._features.arrow_schema
@@ -148,7 +152,7 @@ class _SplitWriter:
             datasets.DatasetInfo(features=self._features).write_to_directory(str(self._folder))
             state: dict[str, Any] = {
                 "_data_files": [{"filename": TABLE}],
-                "_fingerprint": self.digest.hexdigest()[:16],
+                "_fingerprint": self.digest()[:16],
                 "_format_columns": None,
                 "_format_kwargs": {},
                 "_format_type": None,

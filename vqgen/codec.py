@@ -61,7 +61,7 @@ class HierarchicalVQVAE(HubModel):
     quantizers: Sequence[VectorQuantizer]
     """Coarse to fine (an nn.ModuleList)."""
     decoder_scale: Tensor
-    """(C,) standard deviation of the discretised Gaussian around the decoder's output; NaN until calibrated."""
+    """(C,) scales of the discretised Gaussian around the decoder's output (`vqgen.losses`); NaN until calibrated."""
 
     def __init__(self, config: CodecConfig | Mapping[str, Any], spec: ImageSpec) -> None:
         super().__init__(config.architecture if isinstance(config, CodecSection) else config, spec)
@@ -107,7 +107,8 @@ class HierarchicalVQVAE(HubModel):
         self.decoder = Decoder(sum(dims), spec.channels, last_filters, strides[-1], *stack)
         # What the decoder is shown in place of a hidden level; the coarsest is never hidden.
         self.absent = nn.ParameterList(torch.zeros(dim) for dim in dims[1:] if config.level_dropout > 0)
-        self.register_buffer("decoder_scale", torch.full((spec.channels,), torch.nan))
+        # float32, since a model with a float64 buffer cannot be moved to Apple's GPUs.
+        self.register_buffer("decoder_scale", torch.full((spec.channels,), torch.nan, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantise and decode (B, C, H, W) images in [-1, 1].

@@ -7,10 +7,13 @@ size, L levels. How code maps are kept on disk is `vqgen.code_store`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import TypeAlias
 
-Codes = tuple[Tensor, ...]
+Codes: TypeAlias = "tuple[Tensor, ...]"
 """Code maps, coarse to fine; each (B, h, w) int64 in [0, K)."""
 
 _NAMES = {1: ("top",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}

@@ -90,6 +90,11 @@ class TrainingSettings(Settings):
     players: dict[str, PlayerSettings] = {}
     """Optimiser settings per player, for models with more than one."""
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the numbers; the others may change when a training is resumed."""
+        free = {"checkpoint_every", "keep", "preview_every", "workers", "tracker"}
+        return self.model_dump(mode="json", exclude=free)
+
     @model_validator(mode="after")
     def _one_budget(self) -> TrainingSettings:
         given = [name for name in BUDGETS if getattr(self, name) is not None]

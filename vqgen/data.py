@@ -148,40 +148,41 @@ def _labels_of(rows: Rows, classes: Classes, name: str) -> Indices:
 def _survey(settings: DataSettings, rows: Rows, train: Indices) -> tuple[Preparation, list[str]]:
     """What the images are and become, decided on a few of the training images, and notes about it."""
     sample = spread(train, _SURVEYED)
+    found: list[tuple[int, int, tuple[int, int]]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pictures = rows.read(sample)
-        good = [(place, p) for place, p in zip(sample, pictures, strict=True) if not isinstance(p, Exception)]
-        if not good:
-            raise InputError(
-                f"None of {len(sample)} training images can be read, such as {rows.name(sample[0])} "
-                f"({first_line(pictures[0])}).",  # type: ignore[arg-type]
-                "Check data.source and data.image_column.",
-            )
+        for place, picture in zip(sample, rows.read(sample), strict=True):
+            if isinstance(picture, Exception):
+                error = picture
+            else:
+                found.append((place, channels_of(picture), size_of(picture)))
         extremes = rows.extremes(train)
-    first = good[0][1]
-    size = settings.image_size or size_of(first)
+    if not found:
+        raise InputError(
+            f"None of {len(sample)} training images can be read, such as {rows.name(sample[-1])} "
+            f"({first_line(error)}).",
+            "Check data.source and data.image_column.",
+        )
+    _, channels, natural = found[0]
+    size = settings.image_size or natural
     height, width = (size, size) if isinstance(size, int) else size
-    image = ImageSpec(settings.channels or channels_of(first), height, width)
     notes = []
     values = None
     if extremes is not None:
         low, high, floating = extremes
         try:
             values = value_range(low, high, floating=floating)
-        except ValueError as error:
+        except ValueError as problem:
             raise InputError(
-                f"The training images of '{settings.source}' cannot be shown: {error}.",
+                f"The training images of '{settings.source}' cannot be shown: {problem}.",
                 "Store 8- or 16-bit integers, or floats in [0, 1].",
-            ) from error
+            ) from problem
         kind = "float" if floating else f"{int(values.high).bit_length()}-bit"
         notes.append(f"{kind} values from {values.low:g} to {values.high:g} become 0 to 255")
-    for place, picture in good:
-        if size_of(picture) != (height, width):
-            had = "x".join(map(str, size_of(picture)))
-            notes.append(f"images are resized to {height}x{width}, such as {rows.name(place)} of {had}")
-            break
-    return Preparation(image, values), notes
+    if other := next((one for one in found if one[2] != (height, width)), None):
+        place, _, (had_height, had_width) = other
+        notes.append(f"images are resized to {height}x{width}, such as {rows.name(place)} of {had_height}x{had_width}")
+    return Preparation(ImageSpec(settings.channels or channels, height, width), values), notes
 
 
 def _fingerprint(preparation: Preparation, names: tuple[str, ...], splits: Sequence[ImageSplit]) -> str:

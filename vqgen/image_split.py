@@ -163,7 +163,7 @@ class ImageSplit(Dataset[Batch]):
         return torch.from_numpy(images)
 
     def _read(self, position: int) -> npt.NDArray[np.uint8] | Exception:
-        return self._prepare(self._rows.read([int(self._places[position])])[0])
+        return self._prepare(next(self._rows.read([int(self._places[position])])))
 
     def _replace(self, broken: int, error: Exception) -> npt.NDArray[np.uint8]:
         """The picture that stands in for an unreadable one: the next readable of its class, from there on round."""

@@ -34,19 +34,20 @@ def reconstruction_error(images: Tensor, targets: Tensor, kind: str) -> Tensor:
 
 
 def discretized_gaussian_nats(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """-log p(images | mean, scale) in nats per image, (B,) float64 on the CPU.
+    """-log p(images | mean, scale) in nats per image, (B,) float64.
 
     Args:
         images: (B, C, H, W) uint8.
-        mean: (B, C, H, W) float on the scale of [-1, 1].
+        mean: (B, C, H, W) float on the scale of [-1, 1]; the work is done where it lies.
         scale: (C,) standard deviations on the scale of [-1, 1].
 
     Raises:
         InputError: a scale is not a positive number, as before calibration.
     """
-    values = images.cpu().double()
-    lower = (values - 0.5) / 127.5 - 1
-    log_probs = _log_mass(lower, images.cpu() == 0, images.cpu() == 255, mean.cpu().double(), _per_channel(scale))
+    mean = _double(mean)
+    images = images.to(mean.device)
+    lower = (images.double() - 0.5) / 127.5 - 1
+    log_probs = _log_mass(lower, images == 0, images == 255, mean, _per_channel(scale, mean))
     return -log_probs.flatten(1).sum(dim=1)
 
 
@@ -56,9 +57,10 @@ def discretized_gaussian_log_probs(mean: Tensor, scale: Tensor) -> Tensor:
     Raises:
         InputError: a scale is not a positive number.
     """
-    values = torch.arange(256, dtype=torch.float64)
+    mean = _double(mean)
+    values = torch.arange(256, dtype=torch.float64, device=mean.device)
     lower = (values - 0.5) / 127.5 - 1
-    return _log_mass(lower, values == 0, values == 255, mean.cpu().double()[..., None], _per_channel(scale)[..., None])
+    return _log_mass(lower, values == 0, values == 255, mean[..., None], _per_channel(scale, mean)[..., None])
 
 
 def fit_scale(pairs: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
@@ -86,14 +88,20 @@ def fit_scale(pairs: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
     return torch.tensor([_most_likely_scale(channel) for channel in counts], dtype=torch.float64)
 
 
-def _per_channel(scale: Tensor) -> Tensor:
+def _double(mean: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return (mean.cpu() if mean.device.type == "mps" else mean).double()
+
+
+def _per_channel(scale: Tensor, mean: Tensor) -> Tensor:
+    """(C, 1, 1) float64 beside ``mean``."""
     scale = scale.detach().cpu().double()
     if not (scale > 0).all() or not scale.isfinite().all():
         raise InputError(
             f"The decoder's scale must be positive numbers, got {scale.tolist()}.",
             "It is fitted at the end of the training of the codec.",
         )
-    return scale[:, None, None]
+    return scale.to(mean.device)[:, None, None]
 
 
 def _log_mass(lower: Tensor, first: Tensor, last: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

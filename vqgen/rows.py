@@ -1,7 +1,7 @@
 """One split of a source as it is stored: pictures by index, labels without pictures.
 
 `Rows` know nothing of sizes, channels or splits. A picture that cannot be read comes back as the exception that
-says why, so that `vqgen.data` decides what to do about it.
+says why; `vqgen.image_split` decides what to do about it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ BROKEN = (
     ValueError,
     TypeError,
     EOFError,
+    LookupError,
+    ArithmeticError,
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
@@ -63,8 +65,8 @@ class Rows(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
-        """The picture at each of ``indices``, or what went wrong with it."""
+    def read(self, indices: Sequence[int]) -> Iterator[Picture | Exception]:
+        """The picture at each of ``indices``, or what went wrong with it; one at a time, as photos are large."""
 
     @abstractmethod
     def labels(self) -> npt.NDArray[Any] | None:
@@ -107,8 +109,8 @@ class ShapeRows(Rows):
     def __len__(self) -> int:
         return self._count
 
-    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
-        return list(shapes.render(indices, self._size, self._split).transpose(0, 2, 3, 1))
+    def read(self, indices: Sequence[int]) -> Iterator[Picture | Exception]:
+        yield from shapes.render(indices, self._size, self._split).transpose(0, 2, 3, 1)
 
     def labels(self) -> npt.NDArray[Any]:
         return shapes.labels(np.arange(self._count))
@@ -142,14 +144,14 @@ class ArrayRows(Rows):
         self._check()
 
     def _check(self) -> None:
-        shape, kind = self._images.shape, self._images.dtype.kind
+        shape = self._images.shape
         if self._images.ndim not in (3, 4) or (self._images.ndim == 4 and shape[3] not in (1, 2, 3, 4)) or 0 in shape:
             first = self._images.ndim == 4 and shape[1] in (1, 2, 3, 4)
             raise InputError(
                 f"'{self._path}': images have shape {list(shape)}, expected (N, H, W) or (N, H, W, 1 to 4 channels).",
                 "Move the channels last: images.transpose(0, 2, 3, 1)." if first else "",
             )
-        if kind not in "buif":
+        if self._images.dtype.kind not in "buif":
             raise InputError(f"'{self._path}': images are of type {self._images.dtype}, expected integers or floats.")
         if self._labels is not None:
             if self._labels.shape not in ((shape[0],), (shape[0], 1)) or self._labels.dtype.kind not in "buiUS":
@@ -157,8 +159,8 @@ class ArrayRows(Rows):
                     f"'{self._path}': labels are {self._labels.dtype} of shape {list(self._labels.shape)}, "
                     f"expected an integer or a text for each of the {shape[0]} images."
                 )
-            kind = {"S": np.str_, "b": np.int64}.get(self._labels.dtype.kind, self._labels.dtype)
-            self._labels = self._labels.reshape(-1).astype(kind)
+            text = self._labels.dtype.kind in "US"
+            self._labels = self._labels.reshape(-1).astype(np.str_ if text else np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArrayRows, (self._path,)
@@ -166,8 +168,8 @@ class ArrayRows(Rows):
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
-        return [np.asarray(self._images[index]) for index in indices]
+    def read(self, indices: Sequence[int]) -> Iterator[Picture | Exception]:
+        return (np.asarray(self._images[index]) for index in indices)
 
     def labels(self) -> npt.NDArray[Any] | None:
         return self._labels
@@ -191,16 +193,18 @@ class ArrayRows(Rows):
 
 
 def _read_npz(path: Path) -> tuple[Pixels, npt.NDArray[Any] | None]:
-    archive = np.load(path, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("not an .npz archive")
-    with archive:
-        if "images" not in archive.files:
-            raise InputError(
-                f"'{path}' has no array 'images', only {', '.join(archive.files) or 'nothing'}.",
-                "Save with numpy.savez(path, images=.., labels=..).",
-            )
-        return archive["images"], archive["labels"] if "labels" in archive.files else None
+    # Opened here, because numpy leaves a file open that it fails to read.
+    with path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("not an .npz archive")
+        with archive:
+            if "images" not in archive.files:
+                raise InputError(
+                    f"'{path}' has no array 'images', only {', '.join(archive.files) or 'nothing'}.",
+                    "Save with numpy.savez(path, images=.., labels=..).",
+                )
+            return archive["images"], archive["labels"] if "labels" in archive.files else None
 
 
 class TableRows(Rows):
@@ -228,8 +232,8 @@ class TableRows(Rows):
         cells: list[Any] = self._images[list(indices)].column(0).to_pylist()
         return cells
 
-    def read(self, indices: Sequence[int]) -> list[Picture | Exception]:
-        return [_picture(cell) for cell in self._cells(indices)]
+    def read(self, indices: Sequence[int]) -> Iterator[Picture | Exception]:
+        return (_picture(cell) for cell in self._cells(indices))
 
     def labels(self) -> npt.NDArray[Any] | None:
         if self._label_column is None:
@@ -314,5 +318,5 @@ def _picture(cell: Any) -> Picture | Exception:
         image = Image.open(io.BytesIO(stored))
         image.load()
         return image
-    except (*BROKEN, KeyError) as error:
+    except BROKEN as error:
         return error

@@ -7,7 +7,7 @@ on with the very next batch, whatever was drawn elsewhere. Data sets give whole 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class EpochSampler(Sampler[list[int]]):
 
 def training_batches(
     dataset: Dataset[Any], sampler: EpochSampler, *, start: int, workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches without end, from batch ``start`` of the whole training on.
 
     The data set's ``set_epoch(epoch)``, if it has one, is called before each epoch.

@@ -1,13 +1,14 @@
 """Where pictures come from: folders, parquet and arrow files, saved data sets, numpy files, the hub, `shapes`.
 
 `open_source` looks at names only and returns a `Rows` opener per split, so a split that is not asked for is never
-read. Rows hand out pictures as they are stored; `vqgen.data` decides size, channels and what happens to broken ones.
+read. Rows hand out pictures as they are stored; `vqgen.data` decides what size and channels they get.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _KINDS = "'shapes', a folder of images, .parquet, .arrow, .npy, .npz, a saved data set, or OWNER/NAME on the hub"
 
-
 Source = dict[str, Callable[[], Rows]]
 """An opener for each of the three splits that the source has; always for ``train``."""
 
@@ -39,7 +39,7 @@ def open_source(settings: DataSettings) -> Source:
         InputError: there is no such source, or nothing in it that can be used.
     """
     name = settings.source
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user as it is
     is_hub = name != "shapes" and not path.exists()
     if not is_hub and (settings.subset is not None or settings.revision is not None):
         raise InputError(
@@ -204,7 +204,7 @@ def _readable(what: str) -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         yield
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, *BROKEN, KeyError) as error:
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, *BROKEN) as error:
         raise InputError(
             f"{what} cannot be read ({first_line(error.__cause__ or error)}).", "Mend or remove it."
         ) from error

@@ -99,7 +99,7 @@ def stream(seed: int, purpose: str) -> Generator:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of the training split: names, and the raw value that each stands for in the source."""
+    """The classes of the training split, in the order of their indices."""
 
     names: tuple[str, ...]
 

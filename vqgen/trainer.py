@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +35,6 @@ from vqgen.optimizers import (
 from vqgen.sampler import Batch, EpochSampler, evaluation_batches, training_batches
 from vqgen.task import Task
 from vqgen.training_state import State, StepLosses, diverged
-
-NOT_IDENTITY = {"checkpoint_every", "keep", "preview_every", "workers", "tracker"}
-"""Training settings that change no number, and so may change when a training is resumed."""
 
 
 class Player(NamedTuple):
@@ -79,11 +76,8 @@ class Trainer:
         self.accelerator = accelerator
         self.train = train
         self.seed = seed
-        processes, rank, on_gpu = (
-            accelerator.num_processes,
-            accelerator.process_index,
-            accelerator.device.type == "cuda",
-        )
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        on_gpu = accelerator.device.type == "cuda"
         self._images = len(train)  # type: ignore[arg-type]
         self._sampler = EpochSampler(self._images, settings.batch_size, seed, rank, processes)
         if len(validation) == 0:  # type: ignore[arg-type]
@@ -107,11 +101,11 @@ class Trainer:
         own = player_settings(self.settings, self.task.players)
         modules = self.task.player_modules()
         theirs = {name: [p for p in modules[name].parameters() if p.requires_grad] for name in self.task.players}
-        taken = [id(p) for parameters in theirs.values() for p in parameters]
-        assert len(taken) == len(set(taken)), "two players hold the same parameter"
+        played = {id(p) for parameters in theirs.values() for p in parameters}
+        assert len(played) == sum(map(len, theirs.values())), "two players hold the same parameter"
         self._trainable = [p for p in self.task.parameters() if p.requires_grad]
         for parameter in self._trainable:
-            parameter.requires_grad_(id(parameter) in set(taken))
+            parameter.requires_grad_(id(parameter) in played)
         self.task.train()
         with warnings.catch_warnings():
             # torch 2.13 has a new name for the option, which the oldest torch we run on does not know.
@@ -119,9 +113,8 @@ class Trainer:
             self._wrapped: nn.Module = self.accelerator.prepare_model(self.task)
         self.players = []
         for name, parameters in theirs.items():
-            optimizer = self.accelerator.prepare_optimizer(make_optimizer(parameters, own[name]))
             prefix = f"{name}/" if len(theirs) > 1 else ""
-            self.players.append(Player(name, own[name], parameters, optimizer, prefix))
+            self.players.append(Player(name, own[name], parameters, make_optimizer(parameters, own[name]), prefix))
         decay = self.settings.weight_ema
         self.average = WeightAverage(self.task.model, decay) if decay else None
         return self
@@ -139,7 +132,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What a resumed training must have in common with this one, as far as it is known here."""
         return {
-            "training": self.settings.model_dump(mode="json", exclude=NOT_IDENTITY),
+            "training": self.settings.identity(),
             "seed": self.seed,
             "training_images": self._images,
             "processes": self.accelerator.num_processes,
@@ -155,7 +148,7 @@ class Trainer:
         """Passes over the training split so far."""
         return state.step * self.settings.accumulate / len(self._sampler)
 
-    def training_batches(self, step: int) -> Iterator[Batch]:
+    def training_batches(self, step: int) -> Generator[Batch, None, None]:
         """The batches that follow ``step`` steps, on the CPU."""
         return training_batches(
             self.train,
@@ -168,6 +161,8 @@ class Trainer:
     def step(self, batches: Iterator[Batch], progress: float, step: int) -> StepLosses:
         """Let every player take its turn on the next micro-batches."""
         micro = [self._to_device(next(batches)) for _ in range(self.settings.accumulate)]
+        # Used as it is: Accelerate's wrappers of backward and optimisers search for a package at each call (0.2 ms).
+        scaler = self.accelerator.scaler
         rates: dict[str, float] = {}
         scalars: dict[str, Tensor] = {}
         for player in self.players:
@@ -179,14 +174,21 @@ class Trainer:
                 # Gradients of processes are averaged once, with those of the last micro-batch.
                 with nullcontext() if number == len(micro) else self.accelerator.no_sync(self._wrapped):
                     outputs = self._wrapped(batch, player.name, progress, step)
-                    self.accelerator.backward(outputs["loss"] / len(micro))
+                    loss = outputs["loss"] / len(micro)
+                    (scaler.scale(loss) if scaler else loss).backward()
                 for name, value in outputs.items():
                     key = player.prefix + name
                     share = self._scalar(value) / len(micro)
                     scalars[key] = scalars[key] + share if key in scalars else share
+            if scaler:
+                scaler.unscale_(player.optimizer)
             if player.settings.clip is not None:
-                self.accelerator.clip_grad_norm_(player.parameters, player.settings.clip)
-            player.optimizer.step()
+                nn.utils.clip_grad_norm_(player.parameters, player.settings.clip)
+            if scaler:
+                scaler.step(player.optimizer)
+                scaler.update()
+            else:
+                player.optimizer.step()
             player.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for name, value in self.task.after_step(player.name, step).items():

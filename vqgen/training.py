@@ -63,6 +63,9 @@ def make_accelerator(settings: TrainingSettings, players: int = 1, *, cpu: bool 
     if AcceleratorState._shared_state:
         # Accelerate remembers the first precision asked for in a process; stages may differ in theirs.
         AcceleratorState._reset_state()
+    # Without a GPU, Accelerate joins the processes of a launcher only if it is told that the CPU is meant:
+    # otherwise each would train alone, and over the other's files.
+    cpu = cpu or not torch.accelerator.is_available()
     try:
         return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
     except ValueError as error:
@@ -137,7 +140,8 @@ def fit(
 
         first = state.step
         batches = trainer.training_batches(first)
-        losses = LossReader(lag=0 if accelerator.device.type == "cpu" else 1, last_good=store.latest())
+        stack.callback(batches.close)
+        losses = LossReader(store.latest())
         signals = stack.enter_context(StopSignals(notice=main))
         bar = stack.enter_context(console.progress(description, unit="images", share=trainer.progress(state)))
         # The loop runs once more than there are steps, so that what follows the last step is as after any other.
@@ -147,7 +151,7 @@ def fit(
             done = progress >= 1
 
             if done or state.due(settings.evaluate_every, first):
-                losses.read(state, lag=0)
+                losses.read(state, to_the_end=True)
                 with console.progress("Evaluating", trainer.validation_images, "images") as evaluated:
                     metrics = trainer.evaluate(evaluated)
                 console.say(_evaluation_line(trainer, state, metrics))
@@ -163,7 +167,7 @@ def fit(
                 done = done or (settings.patience is not None and state.since_best >= settings.patience)
 
             if done or state.due(settings.log_every, first):
-                losses.read(state, lag=0)
+                losses.read(state, to_the_end=True)
                 if log is not None and state.train:
                     log.write(state.step, trainer.epochs(state), "train", state.seconds, means(state.train))
                 state.train = {}
@@ -172,7 +176,7 @@ def fit(
                 trainer.preview(folder / "previews" / f"step-{state.step:06d}.png")
 
             if done or stop or state.due(settings.checkpoint_every, first):
-                losses.read(state, lag=0)
+                losses.read(state, to_the_end=True)
                 state.finished = done
                 if done and state.best is None:
                     trainer.keep_best()

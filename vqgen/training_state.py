@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vqgen.errors import ConfigError, DivergedError
@@ -86,29 +87,36 @@ class StepLosses(NamedTuple):
 class LossReader:
     """Reads the scalars of each step into the running means, and stops the training at a bad loss.
 
-    ``lag`` steps are left unread, so that a GPU never waits for the numbers of the step it has just begun; at
+    On a GPU the newest step is left unread, so that the processor never waits for a step it has just begun; at
     an evaluation, a log line and a checkpoint all are read.
     """
 
-    def __init__(self, lag: int, last_good: Path | None) -> None:
-        self.lag = lag
+    def __init__(self, last_good: Path | None) -> None:
         self.last_good = last_good
         """The newest checkpoint."""
         self.note = ""
         """The newest losses, in words."""
-        self._unread: deque[StepLosses] = deque()
+        self._unread: deque[tuple[StepLosses, torch.cuda.Event | None]] = deque()
 
     def add(self, losses: StepLosses) -> None:
-        self._unread.append(losses)
+        copied = None
+        if losses.values.is_cuda:
+            # A plain read would wait for all that is queued; this one waits for its own copy alone.
+            losses = losses._replace(values=losses.values.to("cpu", non_blocking=True))
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._unread.append((losses, copied))
 
-    def read(self, state: State, lag: int | None = None) -> None:
-        """Read all but the newest ``lag`` steps.
+    def read(self, state: State, *, to_the_end: bool = False) -> None:
+        """Read what can be read without waiting, or all of it.
 
         Raises:
             DivergedError: a loss is not finite.
         """
-        while len(self._unread) > (self.lag if lag is None else lag):
-            step, rates, names, values = self._unread.popleft()
+        while self._unread and (to_the_end or len(self._unread) > 1 or self._unread[0][1] is None):
+            (step, rates, names, values), copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
             scalars = dict(zip(names, values.tolist(), strict=True))
             losses = {name: scalars[name] for name in rates}
             for name, loss in losses.items():

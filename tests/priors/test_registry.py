@@ -293,7 +293,10 @@ def test_settings_are_layered_defaults_section_level(knob: type[Knob]) -> None:
     assert prior_settings("knob", {}, "top").training.learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("section", [{}, {"training": None, "levels": None}, {"levels": {"top": None}}])
+@pytest.mark.parametrize(
+    "section",
+    [{}, {"training": None, "levels": None}, {"levels": {"top": None}}, {"levels": {"top": {"training": None}}}],
+)
 def test_empty_sections_are_the_defaults(knob: type[Knob], section: dict[str, Any]) -> None:
     assert check_section("knob", section) == []
     assert prior_settings("knob", section, "top").config == KnobConfig()

@@ -101,13 +101,16 @@ def test_loaders_take_batches_and_processes(tmp_path: Path) -> None:
 
 
 def test_fingerprint_is_of_the_content_not_of_the_place_or_the_batches(tmp_path: Path) -> None:
-    codes, labels = write(tmp_path / "a")
-    write(tmp_path / "b")
-    with CodeWriter(tmp_path / "c", INFO) as writer:
-        changed = (codes[0].clone(), codes[1])
-        changed[0][0, 0, 0] ^= 1
-        writer.add("train", changed, labels)
-    prints = [CodeStore.load(tmp_path / name).fingerprint for name in "abc"]
+    codes = batch(9)
+    labels = torch.arange(9) % 2
+    changed = (codes[0].clone(), codes[1])
+    changed[0][8, 0, 0] ^= 1
+    prints = []
+    for name, maps, cuts in (("a", codes, [9]), ("b", codes, [2, 6, 9]), ("c", changed, [9])):
+        with CodeWriter(tmp_path / name, INFO) as writer:
+            for start, stop in zip([0, *cuts], cuts, strict=False):
+                writer.add("train", tuple(level[start:stop] for level in maps), labels[start:stop])
+        prints.append(CodeStore.load(tmp_path / name).fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 

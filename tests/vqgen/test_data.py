@@ -303,6 +303,13 @@ def test_numpy_files_that_cannot_be_used(tmp_path: Path) -> None:
             load(tmp_path / name)
 
 
+def test_folder_names_are_taken_literally(tmp_path: Path) -> None:
+    root = tmp_path / "run [1]*, 50%#x"
+    write_folder(root / "pets")
+    table(PIXELS).to_parquet(root / "train.parquet")
+    assert len(load(root / "pets").splits["train"]) == len(load(root / "train.parquet").splits["train"]) == 36
+
+
 # Columns and labels
 
 

@@ -72,9 +72,19 @@ def test_nearest_takes_codebooks_larger_than_a_slice(monkeypatch):
     assert nearest_codes(flat, codebook).tolist() == nearest_in_numpy(flat.numpy(), codebook.numpy()).tolist()
 
 
-def test_nearest_gives_equals_to_the_lowest_index():
-    codebook = draw(4, 3).repeat(3, 1)
-    assert nearest_codes(codebook, codebook).tolist() == [0, 1, 2, 3] * 3
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [module.BLOCK - 1, module.BLOCK, 3 * module.BLOCK])
+def test_nearest_by_blocks_is_plain_argmin(dtype, size):
+    codebook, flat = draw(size, 4, seed=1, dtype=dtype), draw(200, 4, seed=2, dtype=dtype)
+    assert nearest_codes(flat, codebook).tolist() == nearest_in_numpy(flat.numpy(), codebook.numpy()).tolist()
+    distances = torch.randint(5, (50, size), generator=torch.Generator().manual_seed(0)).to(dtype)  # many equals
+    assert module._lowest(distances).tolist() == distances.numpy().argmin(1).tolist()
+
+
+@pytest.mark.parametrize("copies", [3, 32])
+def test_nearest_gives_equals_to_the_lowest_index(copies):
+    codebook = torch.arange(12.0).view(4, 3).repeat(copies, 1)  # whole numbers, so that equals are equal to the bit
+    assert nearest_codes(codebook, codebook).tolist() == [0, 1, 2, 3] * copies
 
 
 def test_nearest_in_float64_sees_what_float32_cannot():
@@ -168,14 +178,15 @@ def test_dtype_out_is_dtype_in(dtype):
     out.loss.backward()
 
 
-def test_autocast_changes_nothing_inside():
-    plain, cast = made().float(), made().float()
-    z = draw(4, 3, 8, 8, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_nothing_inside(dtype):
+    plain, cast = made().to(dtype), made().to(dtype)
+    z = draw(4, 3, 8, 8, dtype=dtype)
     expected = plain(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = cast(z)
         half = cast(z.bfloat16())
-    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(out, expected, strict=True))
     assert half.z.dtype == torch.bfloat16
     plain(z.bfloat16())
     plain.update(0)

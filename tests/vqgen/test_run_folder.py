@@ -75,9 +75,27 @@ def test_records_survive(run: RunFolder) -> None:
     stage = again.stage("codec")
     assert stage is not None
     assert (stage["best"], stage["bad"], stage["versions"]) == (0.5, None, versions())
-    again.drop_stage("codec")
-    again.drop_stage("never")
-    assert run.stage("codec") is None
+    assert again.require_stage("codec", "vqgen train-codes") == stage
+    with pytest.raises(InputError, match=r"no trained codes yet\. Make it with `vqgen encode`"):
+        again.require_stage("codes", "vqgen encode")
+
+
+def test_removed_stages_are_forgotten_with_their_files(run: RunFolder) -> None:
+    for name in ("codec", "codes"):
+        (run.path / name).mkdir()
+        run.record_stage(name, {})
+    (run.path / "priors/pixelcnn/top").mkdir(parents=True)
+    run.remove_stages(["codes", "priors/pixelcnn/top", "never"])
+    assert list(run.stages()) == ["codec"]
+    assert run.codec.is_dir()
+    assert not run.codes.exists()
+    assert not (run.path / "priors/pixelcnn/top").exists()
+
+
+def test_data_description(run: RunFolder) -> None:
+    assert run.data_description() == ""
+    run.record_data({"description": "shapes: 20,000 train"})
+    assert run.data_description() == "shapes: 20,000 train"
 
 
 def test_versions_name_what_decides_results() -> None:
@@ -140,6 +158,10 @@ def test_run_for() -> None:
     assert run_for(None, None) == Path("runs/shapes")
     assert run_for(None, "configs/mine.yaml") == Path("runs/mine")
     assert run_for("here", "cifar10") == Path("here")
+    assert run_for(None, None, "uoft-cs/cifar10") == Path("runs/cifar10")
+    assert run_for(None, None, "../my photos!/") == Path("runs/my-photos")
+    assert run_for(None, None, "..") == Path("runs/images")
+    assert run_for(None, "mnist", "photos") == Path("runs/mnist")
 
 
 def test_write_text_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

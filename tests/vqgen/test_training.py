@@ -18,12 +18,11 @@ from accelerate import Accelerator, debug_launcher
 from PIL import Image
 from torch import Tensor, nn
 
-from vqgen.config import PlayerSettings, TrainingSettings
+from vqgen.config import TrainingSettings
 from vqgen.console import Console
 from vqgen.errors import ConfigError, DivergedError, InputError
-from vqgen.optimizers import WeightAverage, make_optimizer, player_settings
-from vqgen.sampler import EpochSampler, evaluation_batches, training_batches
-from vqgen.training import FitResult, Task, fit, learning_rate_at, make_accelerator
+from vqgen.sampler import EpochSampler, training_batches
+from vqgen.training import FitResult, Task, fit, make_accelerator
 
 
 class Numbers(torch.utils.data.Dataset[Any]):
@@ -82,42 +81,6 @@ def lines(folder: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in read if line["split"] == split]
 
 
-@pytest.mark.parametrize(
-    ("progress", "changes", "rate"),
-    [
-        (0.0, {}, 1.0),
-        (1.0, {}, 1.0),
-        (0.0, {"warmup": 0.2}, 0.0),
-        (0.05, {"warmup": 0.2}, 0.25),
-        (0.2, {"warmup": 0.2}, 1.0),
-        (0.6, {"warmup": 0.2, "schedule": "linear"}, 0.5),
-        (0.6, {"warmup": 0.2, "schedule": "linear", "final_rate": 0.1}, 0.55),
-        (1.0, {"schedule": "linear", "final_rate": 0.1}, 0.1),
-        (0.25, {"schedule": "cosine"}, 0.5 * (1 + math.cos(math.pi / 4))),
-        (1.0, {"schedule": "cosine"}, 0.0),
-        (7.0, {"schedule": "cosine", "final_rate": 0.3}, 0.3),
-    ],
-)
-def test_learning_rate_is_a_function_of_progress(progress: float, changes: dict[str, Any], rate: float) -> None:
-    assert learning_rate_at(progress, settings(learning_rate=1.0, **changes)) == pytest.approx(rate, abs=1e-12)
-
-
-def test_optimisers_are_those_of_the_settings() -> None:
-    parameters = list(nn.Linear(2, 2).parameters())
-    assert type(make_optimizer(parameters, settings())) is torch.optim.Adam
-    assert type(make_optimizer(parameters, settings(weight_decay=0.1))) is torch.optim.AdamW
-    assert type(make_optimizer(parameters, settings(optimizer="rmsprop"))) is torch.optim.RMSprop
-
-
-def test_player_settings_default_to_those_of_the_stage() -> None:
-    chosen = settings(clip=2.0, players={"critic": PlayerSettings(learning_rate=0.5)})
-    own = player_settings(chosen, ("model", "critic"))
-    assert (own["model"].learning_rate, own["critic"].learning_rate) == (0.05, 0.5)
-    assert own["critic"].clip == 2.0
-    with pytest.raises(ConfigError, match=r"training\.players\.critic.*Did you mean 'critics'"):
-        player_settings(chosen, ("maps", "critics"))
-
-
 def test_a_training_by_hand_gives_the_same_weights(tmp_path: Path) -> None:
     task = Regression()
     by_hand = copy.deepcopy(task.model)
@@ -145,21 +108,6 @@ def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
     first, second = lines(tmp_path / "one", "train"), lines(tmp_path / "other", "train")
     assert first[0]["loss"] == pytest.approx(second[0]["loss"], abs=1e-10)
     assert first[0]["epoch"] == second[0]["epoch"] == 20 * 8 / 32
-
-
-def test_weight_average_by_hand() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 1.0)
-    average = WeightAverage(model, 0.5)
-    expected = 1.0
-    for step in range(12):
-        nn.init.constant_(model.weight, float(step))
-        average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * step
-    with average.applied():
-        assert model.weight.item() == pytest.approx(expected)
-    assert model.weight.item() == 11.0
 
 
 def test_the_averaged_weights_are_evaluated_and_exported(tmp_path: Path) -> None:
@@ -297,48 +245,6 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-def test_epoch_order_is_a_function_of_seed_and_epoch() -> None:
-    sampler = EpochSampler(10, 3, seed=2**40 + 1)
-    first = list(sampler)
-    assert len(first) == len(sampler) == 3
-    assert len({index for batch in first for index in batch}) == 9
-    sampler.offset = 1
-    assert list(sampler) == first[1:]
-    sampler.epoch, sampler.offset = 1, 0
-    assert list(sampler) != first
-    assert list(EpochSampler(10, 3, seed=1)) != first
-
-
-def test_processes_share_the_joint_batch() -> None:
-    joint = list(EpochSampler(50, 8, seed=0))
-    parts = [list(EpochSampler(50, 4, seed=0, rank=rank, processes=2)) for rank in range(2)]
-    assert [one + other for one, other in zip(*parts, strict=True)] == joint
-
-
-def test_fewer_images_than_a_batch_make_a_smaller_one() -> None:
-    assert [len(batch) for batch in EpochSampler(5, 128, seed=0)] == [5]
-    assert [len(batch) for batch in EpochSampler(5, 128, seed=0, rank=1, processes=2)] == [2]
-    with pytest.raises(InputError, match="is empty"):
-        EpochSampler(0, 4, seed=0)
-    with pytest.raises(InputError, match="1 images for 2 processes"):
-        EpochSampler(1, 4, seed=0, processes=2)
-
-
-def test_every_validation_image_is_read_by_one_process() -> None:
-    data = Numbers(11)
-    parts = [evaluation_batches(data, 9, 2, rank=rank, processes=3) for rank in range(3)]
-    read = torch.cat([batch["index"] for part in parts for batch in part])
-    assert sorted(read.tolist()) == [index * 11 // 9 for index in range(9)]
-
-
-def test_workers_give_the_same_batches() -> None:
-    here = training_batches(Numbers(), EpochSampler(32, 8, seed=0), start=2, workers=0)
-    there = training_batches(Numbers(), EpochSampler(32, 8, seed=0), start=2, workers=2)
-    for _ in range(4):
-        assert torch.equal(next(here)["index"], next(there)["index"])
-    there.close()
-
-
 def test_training_outside_the_main_thread(tmp_path: Path) -> None:
     results: list[FitResult] = []
     thread = threading.Thread(target=lambda: results.append(train(Regression(), tmp_path, settings())))
@@ -376,6 +282,21 @@ def test_mixed_precision_trains_and_leaves_the_task_as_it_was(tmp_path: Path) ->
         assert "forward" not in vars(task)
 
 
+def test_scaled_losses_train_alike(tmp_path: Path) -> None:
+    plain, scaled = Regression(), Regression()
+    train(plain, tmp_path / "plain", settings(clip=0.5))
+    accelerator = make_accelerator(settings(), cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, growth_interval=4)
+    train(scaled, tmp_path / "scaled", settings(clip=0.5), accelerator=accelerator)
+    torch.testing.assert_close(plain.model.state_dict(), scaled.model.state_dict(), rtol=0, atol=1e-10)
+    saved = json.loads((tmp_path / "scaled/checkpoints/step-00000006/state.json").read_text())["state"]["scaler"]
+    assert (saved["scale"], saved["_growth_tracker"]) == (2.0**10, 2)
+    fresh = make_accelerator(settings(), cpu=True)
+    fresh.scaler = torch.amp.GradScaler("cpu")
+    train(Regression(), tmp_path / "scaled", settings(clip=0.5), accelerator=fresh, resume=True)
+    assert fresh.scaler.get_scale() == 2.0**10
+
+
 def test_precision_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**given: Any) -> None:
         raise ValueError("fp16 mixed precision\nrequires a GPU")
@@ -410,6 +331,16 @@ def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None
     assert together["images"] == 13
     names = {path.name for path in (tmp_path / "Pair/checkpoints/step-00000010").iterdir()}
     assert {"random-0.safetensors", "random-1.safetensors", "optimizer-critic.safetensors"} <= names
+
+
+def test_processes_without_a_gpu_are_joined_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr("vqgen.training.Accelerator", lambda **settings: given.append(settings["cpu"]))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    make_accelerator(settings())
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    make_accelerator(settings())
+    assert given == [True, False]
 
 
 def test_accelerator_can_change_its_precision() -> None:
