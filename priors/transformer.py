@@ -12,6 +12,7 @@ Sampling with cached keys and values is `priors.transformer_step`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class TransformerConfig(Settings):
     """Attention heads, each dim / heads wide; at least 2, as x-transformers builds a single head differently."""
     kv_heads: int = Field(2, ge=1)
     """Heads of keys and values, shared by the others (Ainslie et al. 2023, arXiv 2305.13245); few sample faster."""
-    ff_mult: float = Field(2.0, gt=0)
+    ff_mult: float = Field(2.5, gt=0)
     """Hidden width of the gated feedforward, in multiples of dim."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of the embeddings and of what every block adds; attention itself stays whole, and so fast."""
@@ -81,7 +82,7 @@ class Transformer(AutoregressivePrior):
 
     config: TransformerConfig
 
-    def __init__(self, config: TransformerConfig | dict[str, Any], spec: PriorSpec) -> None:
+    def __init__(self, config: Settings | Mapping[str, Any], spec: PriorSpec) -> None:
         super().__init__(config, spec)
         settings, target = self.config, spec.target
         self.net = TransformerWrapper(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from torch import Tensor
-    from typing_extensions import TypeAlias
 
 Codes: TypeAlias = "tuple[Tensor, ...]"
 """Code maps, coarse to fine; each (B, h, w) int64 in [0, K)."""
