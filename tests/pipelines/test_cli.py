@@ -111,10 +111,10 @@ def test_options_per_level(finished_run: Path, capsys: pytest.CaptureFixture[str
     assert made["options"]["bottom"] == {"temperature": 0.5, "top_k": 3, "top_p": None, "guidance": 1.0}
 
 
-def test_a_mix_of_priors_samples_and_is_compared(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mix_of_priors_samples_and_is_compared(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mix = "top=transformer,bottom=pixelcnn"
-    assert cli.call(["sample", "--run", str(finished_run), "--prior", mix, "-n", "2"]) == 0
-    result = json_of(capsys, "compare", "--run", str(finished_run), "--prior", mix, "-n", "4", "--samples", "2")
+    assert cli.call(["sample", "--run", str(run_copy), "--prior", mix, "-n", "2"]) == 0
+    result = json_of(capsys, "compare", "--run", str(run_copy), "--prior", mix, "-n", "4", "--samples", "2")
     rows = {(row["prior"], row["level"]): row for row in result["rows"]}
     parts = [rows["transformer", "top"]["bits_per_image"], rows["pixelcnn", "bottom"]["bits_per_image"]]
     assert rows[mix, "all"]["bits_per_image"] == pytest.approx(sum(parts))

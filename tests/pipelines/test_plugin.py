@@ -19,9 +19,9 @@ def readme_prior() -> str:
     return text.split("```python\n# my_prior.py")[1].split("```")[0]
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> str:
-    path = tmp_path / "my_prior.py"
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("plugin") / "my_prior.py"
     path.write_text(readme_prior(), encoding="utf-8")
     return str(path)
 
