@@ -8,23 +8,39 @@ right, 130 interrupted.
 from __future__ import annotations
 
 import errno
-import os
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipelines.cli_options import (
+    CONFIG,
+    DATA,
+    JSON,
+    MINUTES,
+    NEW_RUN,
+    OVERWRITE,
+    PLUGIN,
+    RESUME,
+    RUN,
+    RUN_OF_PRESET,
+    SEED,
+    SET,
+    again,
+    count_option,
+    finish,
+    given_run,
+    load_plugins,
+    make_console,
+    open_new_run,
+    open_run,
+    options,
+    print_comparison,
+    record_command,
+)
 from vqgen import __version__
-from vqgen.errors import InputError, Interrupted, VqgenError
-
-if TYPE_CHECKING:
-    from vqgen.console import Console
-    from vqgen.run_folder import RunFolder
-
-F = TypeVar("F", bound=Callable[..., Any])
+from vqgen.errors import Interrupted, VqgenError
 
 
 class Commands(click.Group):
@@ -42,7 +58,7 @@ def run() -> None:
 def call(arguments: Sequence[str]) -> int:
     """The exit code of a command line; errors that the user can put right are one line on stderr."""
     try:
-        cli.main(list(arguments), prog_name="vqgen", standalone_mode=False)
+        cli.main(list(arguments), prog_name="vqgen", standalone_mode=False, obj=list(arguments))
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.ClickException as error:
@@ -69,36 +85,6 @@ def cli() -> None:
     """Turn images into discrete codes, learn a density over the codes, sample from it, and compare priors."""
 
 
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several click options as one decorator, in the order given."""
-
-    def apply(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: the only one in runs/]")
-NEW_RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: runs/<preset>]")
-CONFIG = click.option("--config", metavar="NAME|FILE", help="Preset or YAML file.  [default: shapes]")
-DATA = click.option("--data", metavar="SOURCE", help="Folder, parquet, .npy, .npz, saved set, or hub name.")
-SET = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
-SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of everything random.  [default: 0]")
-MINUTES = click.option(
-    "--minutes", type=click.FloatRange(0, min_open=True), help="Training budget of each model, in minutes."
-)
-RESUME = click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Redo the stage, and remove what was made from it.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and only that.")
-PLUGIN = click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load a prior; repeatable.")
-
-
-def count_option(default: int | None, text: str, name: str = "-n") -> Callable[[F], F]:
-    return click.option(name, "images", type=click.IntRange(1), default=default, show_default=True, help=text)
-
-
 @cli.command("run", epilog="Example: vqgen run --config shapes")
 @options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, PLUGIN, JSON)
 def run_command(
@@ -111,7 +97,10 @@ def run_command(
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """All stages of a preset, skipping finished ones, ending in the report."""
+    """All stages of a preset, ending in the report.
+
+    A stage that is finished is skipped, so that the same command goes on where an earlier one stopped.
+    """
     from pipelines.run_all import run_all
     from pipelines.settings import training_minutes
 
@@ -121,6 +110,7 @@ def run_command(
         settings = training_minutes(settings, minutes)
     console = make_console(as_json)
     result = run_all(run, settings, console, hint=again(f"vqgen run --run {run.path}"))
+    record_command(run)
     if not as_json:
         print_comparison(console, result["comparison"])
         console.result("")
@@ -149,6 +139,7 @@ def train_codes_command(
     console = make_console(as_json)
     hint = again(f"vqgen train-codes --run {run.path} --resume")
     record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=hint)
+    record_command(run)
     finish(
         console,
         {"run": str(run.path), **record},
@@ -179,7 +170,7 @@ def encode_command(run_path: str | None, data: str, out: Path, batch_size: int, 
 @click.option(
     "--level", "levels", multiple=True, metavar="LEVEL", help="top, middle or bottom.  [default: every level]"
 )
-@options(RUN, click.option("--config", metavar="NAME", help="Preset that names the run in runs/."))
+@options(RUN, RUN_OF_PRESET)
 @options(SET, SEED, MINUTES, RESUME, OVERWRITE, PLUGIN, JSON)
 def train_prior_command(
     prior: str,
@@ -205,6 +196,7 @@ def train_prior_command(
     place = "".join(f" --level {level}" for level in levels)
     hint = again(f"vqgen train-prior --prior {prior}{place} --run {run.path} --resume")
     records = train_prior(run, settings, prior, levels, console, resume=resume, overwrite=overwrite, hint=hint)
+    record_command(run)
     finish(
         console,
         {"run": str(run.path), "prior": prior, "levels": records},
@@ -215,7 +207,7 @@ def train_prior_command(
 
 
 @cli.command("sample", epilog="Example: vqgen sample --prior top=transformer,bottom=pixelcnn --label 3 -n 16")
-@options(RUN, click.option("--config", metavar="NAME", help="Preset that names the run in runs/."))
+@options(RUN, RUN_OF_PRESET)
 @click.option("--prior", metavar="NAME|LEVEL=NAME,...", help="Prior of each level.  [default: the best trained]")
 @click.option("--levels", type=click.IntRange(1), help="Sample and decode this many of the coarsest levels.  [all]")
 @options(count_option(64, "Images to sample."))
@@ -282,7 +274,7 @@ def reconstruct_command(
 
 
 @cli.command("compare", epilog="Example: vqgen compare --prior transformer --prior top=transformer,bottom=pixelcnn")
-@options(RUN, click.option("--config", metavar="NAME", help="Preset that names the run in runs/."))
+@options(RUN, RUN_OF_PRESET)
 @click.option(
     "--prior", "priors", multiple=True, metavar="NAME|LEVEL=NAME,...", help="A row each.  [every trained one]"
 )
@@ -356,77 +348,3 @@ def presets_command(as_json: bool) -> None:
     if not as_json:
         console.table("", ["preset", ""], [[r["name"], r["summary"]] for r in record])
     finish(console, record, as_json, {}, "vqgen run --config NAME")
-
-
-def load_plugins(plugins: Sequence[str]) -> None:
-    from priors import registry
-
-    for path in plugins:
-        registry.load_plugin(Path(path))
-
-
-def open_new_run(
-    config: str | None,
-    data: str | None,
-    run_path: str | None,
-    sets: Sequence[str],
-    seed: int | None,
-    minutes: float | None,
-    *,
-    resume: bool,
-    short_for: str | None = None,
-) -> tuple[RunFolder, Any]:
-    """The run of a command that may make it, and its settings: those of the run where it is there and is resumed."""
-    from pipelines.settings import new_run_settings, run_settings
-    from vqgen.run_folder import RunFolder, run_for
-
-    run = RunFolder(run_for(run_path, config, data))
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file.", "Name a folder with --run.")
-    if resume and run.config.is_file() and config is None:
-        return run, run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for=short_for)
-    return run, new_run_settings(config, data, sets, seed=seed, minutes=minutes, short_for=short_for)
-
-
-def open_run(run_path: str | None, config: str | None = None) -> RunFolder:
-    from vqgen.run_folder import RunFolder, find_run
-
-    return RunFolder(find_run(run_path, config))
-
-
-def make_console(as_json: bool) -> Console:
-    from vqgen.console import Console
-
-    # Under a launcher every process runs the command; the first one speaks.
-    return Console(quiet=as_json, silent=os.environ.get("RANK", "0") != "0")
-
-
-def again(command: str) -> str:
-    """The sentence that says how to go on after an interrupt."""
-    return f"Go on with: {command}"
-
-
-def given_run(run_path: str | None, run: RunFolder) -> str:
-    """`` --run DIR`` for the next command, where this one needed it."""
-    return f" --run {shlex.quote(str(run.path))}" if run_path else ""
-
-
-def print_comparison(console: Console, result: Any) -> None:
-    from pipelines.compare import highlights
-    from pipelines.report.tables import summary
-
-    columns, cells = summary(result)
-    console.table("", columns, cells)
-    for sentence in highlights(result["rows"]):
-        console.result(sentence)
-
-
-def finish(console: Console, record: Any, as_json: bool, made: dict[str, Any], next_step: str) -> None:
-    """Print the record as JSON, or where the output is and the next command to run."""
-    if as_json:
-        console.json(record)
-        return
-    for name, path in made.items():
-        console.result(f"{name}: {path}")
-    if next_step:
-        console.result(f"next: {next_step}")

@@ -1,0 +1,136 @@
+"""What the commands share: options, finding the run, and saying what was made and what to do next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vqgen.errors import InputError
+
+if TYPE_CHECKING:
+    from vqgen.config import Config
+    from vqgen.console import Console
+    from vqgen.run_folder import RunFolder
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, in the order given."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: the only one in runs/]")
+NEW_RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: runs/<preset>]")
+CONFIG = click.option("--config", metavar="NAME|FILE", help="Preset or YAML file.  [default: shapes]")
+RUN_OF_PRESET = click.option("--config", metavar="NAME", help="Preset that names the run in runs/.")
+DATA = click.option("--data", metavar="SOURCE", help="Folder, parquet, .npy, .npz, saved set, or hub name.")
+SET = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
+SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of everything random.  [default: 0]")
+MINUTES = click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Training budget of each model, in minutes."
+)
+RESUME = click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Redo the stage, and remove what was made from it.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and only that.")
+PLUGIN = click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load a prior; repeatable.")
+
+
+def count_option(default: int | None, text: str, name: str = "-n") -> Callable[[F], F]:
+    return click.option(name, "images", type=click.IntRange(1), default=default, show_default=True, help=text)
+
+
+def load_plugins(plugins: Sequence[str]) -> None:
+    from priors import registry
+
+    for path in plugins:
+        registry.load_plugin(Path(path))
+
+
+def open_new_run(
+    config: str | None,
+    data: str | None,
+    run_path: str | None,
+    sets: Sequence[str],
+    seed: int | None,
+    minutes: float | None,
+    *,
+    resume: bool,
+    short_for: str | None = None,
+) -> tuple[RunFolder, Config]:
+    """The run of a command that may make it, and its settings: those of the run where it is there and is resumed."""
+    from pipelines.settings import new_run_settings, run_settings
+    from vqgen.run_folder import RunFolder, run_for
+
+    run = RunFolder(run_for(run_path, config, data))
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file.", "Name a folder with --run.")
+    if resume and run.config.is_file() and config is None:
+        return run, run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for=short_for)
+    return run, new_run_settings(config, data, sets, seed=seed, minutes=minutes, short_for=short_for)
+
+
+def open_run(run_path: str | None, config: str | None = None) -> RunFolder:
+    from vqgen.run_folder import RunFolder, find_run
+
+    return RunFolder(find_run(run_path, config))
+
+
+def record_command(run: RunFolder) -> None:
+    """Note the command line in the run's record."""
+    if first_process():
+        run.record_command(["vqgen", *click.get_current_context().obj])
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_console(as_json: bool) -> Console:
+    from vqgen.console import Console
+
+    # Under a launcher every process runs the command; the first one speaks.
+    return Console(quiet=as_json, silent=not first_process())
+
+
+def again(command: str) -> str:
+    """The sentence that says how to go on after an interrupt."""
+    return f"Go on with: {command}"
+
+
+def given_run(run_path: str | None, run: RunFolder) -> str:
+    """`` --run DIR`` for the next command, where this one needed it."""
+    return f" --run {shlex.quote(str(run.path))}" if run_path else ""
+
+
+def print_comparison(console: Console, result: Any) -> None:
+    from pipelines.compare import highlights
+    from pipelines.report.tables import summary
+
+    columns, cells = summary(result)
+    console.table("", columns, cells)
+    for sentence in highlights(result["rows"]):
+        console.result(sentence)
+
+
+def finish(console: Console, record: Any, as_json: bool, made: dict[str, Any], next_step: str) -> None:
+    """Print the record as JSON, or where the output is and the next command to run."""
+    if as_json:
+        console.json(record)
+        return
+    for name, path in made.items():
+        console.result(f"{name}: {path}")
+    if next_step:
+        console.result(f"next: {next_step}")
