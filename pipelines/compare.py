@@ -32,9 +32,10 @@ from vqgen.code_store import CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
 from vqgen.errors import InputError
+from vqgen.files import write_bytes, write_json, write_text
 from vqgen.images import image_grid, to_png
 from vqgen.metrics import bits_per_dim
-from vqgen.run_folder import RunFolder, write_bytes, write_json, write_text
+from vqgen.run_folder import RunFolder
 from vqgen.training_log import read_metrics
 
 BASELINES = ("uniform", "unigram")

@@ -13,9 +13,10 @@ from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
 from vqgen.data import load_data
 from vqgen.errors import InputError
+from vqgen.files import write_json
 from vqgen.images import image_grid, save_png, to_float, to_uint8
 from vqgen.metrics import mse, psnr
-from vqgen.run_folder import RunFolder, write_json
+from vqgen.run_folder import RunFolder
 
 SPLITS = ("train", "validation", "test")
 

@@ -26,9 +26,10 @@ from vqgen.codec import HierarchicalVQVAE
 from vqgen.codes import Codes, LevelSpec
 from vqgen.console import Console
 from vqgen.errors import InputError, MismatchError, did_you_mean
+from vqgen.files import atomic_folder, write_json
 from vqgen.hub import fingerprint
 from vqgen.images import image_grid, save_png, to_pil, to_uint8
-from vqgen.run_folder import RunFolder, atomic_folder, write_json
+from vqgen.run_folder import RunFolder
 
 GRID_COLUMNS = 8
 MOST_CLASS_COLUMNS = 16

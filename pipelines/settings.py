@@ -15,7 +15,8 @@ from priors import registry
 from vqgen.codes import level_names
 from vqgen.config import Config, apply_sets, build, check, merge, raise_problems, read_layers, read_yaml
 from vqgen.errors import InputError
-from vqgen.run_folder import DEFAULT_PRESET, RunFolder, write_text
+from vqgen.files import write_text
+from vqgen.run_folder import DEFAULT_PRESET, RunFolder
 from vqgen.training_state import plain, refuse_differences
 
 OWN_IMAGES_PRESET = "images"

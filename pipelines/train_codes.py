@@ -23,11 +23,12 @@ from vqgen.config import Config
 from vqgen.console import Console
 from vqgen.data import ImageData, ImageSplit, load_data
 from vqgen.errors import InputError
+from vqgen.files import write_json
 from vqgen.hub import fingerprint
 from vqgen.images import image_grid, to_float, to_uint8
 from vqgen.losses import discretized_gaussian_nats, fit_scale
 from vqgen.metrics import CodeUsage, bits_per_dim, mse
-from vqgen.run_folder import RunFolder, write_json
+from vqgen.run_folder import RunFolder
 from vqgen.training import Task, fit, make_accelerator
 
 CALIBRATION_IMAGES = 2000

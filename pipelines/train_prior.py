@@ -24,10 +24,11 @@ from vqgen.codes import Codes
 from vqgen.config import Config
 from vqgen.console import Console
 from vqgen.errors import InputError, MismatchError
+from vqgen.files import write_json
 from vqgen.hub import fingerprint
 from vqgen.images import image_grid, to_uint8
 from vqgen.metrics import nats_to_bits
-from vqgen.run_folder import RunFolder, write_json
+from vqgen.run_folder import RunFolder
 from vqgen.training import Task, fit, make_accelerator
 
 PREVIEW_IMAGES = 16

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqgen.errors import InputError
+from vqgen.files import disk_errors, replace_folder, write_text
 from vqgen.hub import read_tensors
-from vqgen.run_folder import disk_errors, replace_folder, write_text
 
 FORMAT = 1
 STATE = "state.json"

@@ -12,13 +12,15 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.text import Text
+
+from vqgen.files import finite
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -246,17 +248,6 @@ def duration(seconds: float) -> str:
     whole = max(round(seconds), 0)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite replaced by None: JSON has no such numbers."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 def _rate(rate: float) -> str:

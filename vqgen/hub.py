@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vqgen.config import Settings, build
 from vqgen.errors import InputError, MismatchError
-from vqgen.run_folder import replacing, write_json, write_text
+from vqgen.files import replacing, write_json, write_text
 
 FORMAT = 1
 CONFIG = "config.json"

@@ -114,10 +114,11 @@ class ImageSplit(Dataset[Batch]):
         """Hashes of what is stored for at most ``most`` pictures, evenly spaced, without decoding them."""
         return [self._rows.digest(place) for place in spread(self._places, most)]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw anew which pictures are mirrored; does nothing to a split that is not flipped."""
+    def set_epoch(self, epoch: int | None) -> None:
+        """Draw anew which pictures are mirrored, or mirror none (None); does nothing to a split that is not flipped."""
         if self._flip_seed is not None:
-            self._flipped = stream(self._flip_seed, f"flip {epoch}").random(len(self)) < 0.5
+            drawn = None if epoch is None else stream(self._flip_seed, f"flip {epoch}").random(len(self)) < 0.5
+            self._flipped = drawn
 
     def __getitem__(self, index: int) -> Batch:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}

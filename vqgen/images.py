@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+
+from vqgen.files import replacing
 
 Pixels = npt.NDArray[Any]
 
@@ -235,12 +236,10 @@ def to_png(image: Image.Image) -> bytes:
 
 
 def save_png(path: str | Path, image: Image.Image) -> None:
-    """Write ``image`` as PNG to ``path`` in one step, so that no reader meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write ``image`` as PNG to ``path`` in one step, so that no reader meets half a file.
+
+    Raises:
+        InputError: the disk is full, or the path cannot be written.
+    """
+    with replacing(Path(path)) as temporary:
         image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

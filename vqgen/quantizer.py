@@ -67,7 +67,7 @@ class VectorQuantizer(nn.Module):
         code_dim: D.
         commitment: beta, the weight of the encoder's term of the loss.
         codebook: learned by moving averages (``ema``: a buffer) or by the optimiser (``gradient``: a parameter).
-        decay: of the running counts, and of the moving averages.
+        decay: of the running counts, and of the moving averages, once training is under way (`decay_at`).
         revival: a code whose running count is below ``revival`` times the mean count is moved to an encoder
             output of the current batch; 0 is never.
         seed: of the first codebook and of every choice made later.
@@ -180,7 +180,10 @@ class VectorQuantizer(nn.Module):
         reduce, gather = reduce or _sum_over_processes, gather or _join_processes
         pending, self._pending = self._pending or self._nothing(self.codebook.device, self.codebook.dtype), None
         received = reduce(pending.counts).to(self.counts.dtype)
-        rate = (received.sum() > 0).to(self.counts.dtype) * (1 - self.decay)
+        if pending.first:
+            # K-means saw the first micro-batch only; the counts are those of a whole step.
+            self.counts.mul_(received.sum() / self.counts.sum())
+        rate = (received.sum() > 0).to(self.counts.dtype) * (1 - self.decay_at(step))
         self.counts.add_(rate * (received - self.counts))
         if not self.by_gradient:
             # From count * code, decayed, plus the new sum, and the pseudo-count at the code's own place:
@@ -194,11 +197,19 @@ class VectorQuantizer(nn.Module):
         # Candidates of the batch that k-means has just used would only repeat its codes.
         return {"revived": self._revive(candidates, step, allowed=not pending.first)}
 
+    def decay_at(self, step: int) -> float:
+        """Decay of the moving averages at training step ``step``: (1 + step) / (10 + step), up to ``decay``.
+
+        The encoder moves fastest at first. A codebook that averages a hundred steps stays behind it, and most of its
+        codes fall out of use before revival can notice.
+        """
+        return min(self.decay, (1 + step) / (10 + step))
+
     def _revive(self, candidates: _Sample, step: int, *, allowed: bool) -> Tensor:
         """Move unused codes, the least used first, to ``candidates``; as many as there are candidates.
 
         A revived code starts at the mean count, as if it had its share so far: if nothing ever comes to it, it
-        is moved again after log(revival) / log(decay) steps (some 230), not at the next.
+        is moved again after log(revival) / log(decay) steps (some 230 at the full decay), not at the next.
         """
         mean = self.counts.sum() / self.codebook_size
         shuffle = torch.from_numpy(_generator(self.seed, step).permutation(len(candidates.keys)))

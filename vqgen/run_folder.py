@@ -1,4 +1,4 @@
-"""The run folder: where everything of a run lies, what made it, and how files get there whole.
+"""The run folder: where everything of a run lies, and what made it.
 
 ::
 
@@ -8,15 +8,13 @@
       priors/<name>/<level>/             one trained prior each
       samples/<name>/   compare/         what was made from them
 
-A run can be moved or copied: nothing in it holds an absolute path. Files are written under a temporary name
-and renamed, so that what is there is complete. What is inside the parts is known to those that write them.
+A run can be moved or copied: nothing in it holds an absolute path. What is inside the parts is known to those
+that write them.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -27,8 +25,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from vqgen.console import finite
 from vqgen.errors import InputError, did_you_mean
+from vqgen.files import disk_errors, locked, read_json, write_json
 
 FORMAT = 1
 RUNS = Path("runs")
@@ -240,136 +238,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` is whole or unchanged; makes the folders above it.
-
-    Raises:
-        InputError: the disk is full, or the path cannot be written.
-    """
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content``, like `write_text`."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, like `write_text`; a number that is not finite becomes null."""
-    write_text(path, json.dumps(finite(value), indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        InputError: the file is missing, unreadable or damaged.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is missing.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}).", "Restore it, or make it again.") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` for a file that takes the place of ``path`` if the block ends without an error.
-
-    Raises:
-        InputError: the disk is full, or the path cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``, which takes the place of ``path`` if the block ends without an error.
-
-    Raises:
-        InputError: the disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            replace_folder(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; what was there is removed afterwards."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    try:
-        source.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk and of forbidden paths into one line that names ``path``."""
-    try:
-        yield
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        # safetensors reports errors of the disk as its own kind, with the system's number in the text.
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if code is None and number else code
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"The disk is full: {path} was not written.", "Free some space and go on.") from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            named = getattr(error, "filename", None) or path
-            raise InputError(f"{named} cannot be written (no permission).", "Choose another folder.") from error
-        raise
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path``, which the system releases when the process ends, however it ends.
-
-    Without ``wait``, a lock that another process holds is an `InputError`. Where the system or the file
-    system has no such locks, nothing is held.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise InputError(
-                f"Another process is working in {path.parent}.", "Wait for it to end, or give another --run."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        yield
 
 
 def _now() -> str:

@@ -26,9 +26,9 @@ from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_rando
 from vqgen.config import TrainingSettings
 from vqgen.console import Console, duration
 from vqgen.errors import ConfigError, InputError, Interrupted
+from vqgen.files import locked
 from vqgen.interrupts import StopSignals
 from vqgen.optimizers import learning_rate_at
-from vqgen.run_folder import locked
 from vqgen.sampler import Batch
 from vqgen.task import Task
 from vqgen.trainer import Trainer

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vqgen.console import finite
 from vqgen.errors import InputError
-from vqgen.run_folder import disk_errors, write_text
+from vqgen.files import disk_errors, finite, write_text
 
 
 def add_scalars(sums: dict[str, list[float]], scalars: Mapping[str, float]) -> None:

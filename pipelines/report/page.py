@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.report import plots
 from pipelines.report.tables import MISSING, REFERENCE, arrange, by_bits, figure, held_out, legend, levels_of
-from vqgen.run_folder import write_text
+from vqgen.files import write_text
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _WIDTH = 552

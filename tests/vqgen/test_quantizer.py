@@ -228,26 +228,46 @@ def test_arguments_out_of_range_are_refused(options):
 
 # Moving averages
 
+LATE = 10_000
+"""A step at which the decay has reached its full value."""
+
 
 def test_moving_average_step_by_hand():
     counts = [4.0, 9.0, 25.0, 1.0, 3.0]
     quantizer = made(counts=counts, decay=0.9, revival=0.0)
     codebook, n = quantizer.codebook.numpy().copy(), np.array(counts)
     sums = n[:, None] * codebook
-    for step in range(3):
+    for step, decay in ((0, 1 / 10), (1, 2 / 11), (LATE, 0.9)):
         z = draw(2, 3, 4, 4, seed=step)
         quantizer(z)
         quantizer.update(step)
         flat = vectors(z)
         one_hot = np.eye(5)[nearest_in_numpy(flat, codebook)]
-        n = 0.9 * n + 0.1 * one_hot.sum(0)
-        sums = 0.9 * sums + 0.1 * one_hot.T @ flat
+        n = decay * n + (1 - decay) * one_hot.sum(0)
+        sums = decay * sums + (1 - decay) * one_hot.T @ flat
         codebook = (sums + EPSILON * codebook) / (n + EPSILON)[:, None]
         # Nothing but the counts is kept: their product with the code stands for the sums, to the pseudo-count.
         np.testing.assert_allclose(quantizer.counts.numpy(), n, rtol=1e-12)
         np.testing.assert_allclose(quantizer.codebook.numpy(), codebook, rtol=0, atol=EPSILON)
         if step == 0:
             np.testing.assert_allclose(quantizer.codebook.numpy(), codebook, rtol=0, atol=1e-14)
+
+
+def test_the_decay_rises_to_its_full_value():
+    quantizer = made(decay=0.99)
+    decays = [quantizer.decay_at(step) for step in range(1000)]
+    assert decays == sorted(decays)
+    assert decays[0] == 0.1
+    assert decays[100] < 0.93
+    assert decays[890] == decays[-1] == 0.99
+
+
+def test_counts_start_at_those_of_a_whole_step_under_accumulation():
+    quantizer = VectorQuantizer(16, 3).double()
+    for part in range(4):
+        quantizer(draw(2, 3, 4, 4, seed=part))
+    quantizer.update(0)
+    torch.testing.assert_close(quantizer.counts.sum(), torch.tensor(4 * 2 * 16.0, dtype=torch.float64))
 
 
 def test_kmeans_centres_are_the_means_of_their_points():
@@ -324,7 +344,7 @@ def test_a_revived_code_stays_where_it_was_put(kind):
         quantizer.codebook[1] = 1e3  # far from everything: never used
     z = draw(2, 3, 4, 4)
     quantizer(z)
-    assert quantizer.update(0)["revived"] == 1
+    assert quantizer.update(LATE)["revived"] == 1
     placed, count = quantizer.codebook[1].detach().clone(), float(quantizer.counts[1])
     assert (np.abs(vectors(z) - placed.numpy()).max(1) < 1e-14).any(), "not an encoder output"
     torch.testing.assert_close(quantizer.counts[1], quantizer.counts[[0, 2, 3, 4]].sum().add(0.01 * 0.99) / 5)
@@ -332,7 +352,7 @@ def test_a_revived_code_stays_where_it_was_put(kind):
     far = torch.full((1, 3, 4, 4), 50.0, dtype=torch.float64)  # goes to whichever code is nearest, not to all
     far[:] = quantizer.codebook[0].detach()[:, None, None]
     quantizer(far)
-    assert quantizer.update(1)["revived"] == 0, "revived again at once"
+    assert quantizer.update(LATE + 1)["revived"] == 0, "revived again at once"
     torch.testing.assert_close(quantizer.codebook[1].detach(), placed, rtol=0, atol=1e-12)
     assert float(quantizer.counts[1]) == pytest.approx(0.99 * count)
 
@@ -341,10 +361,10 @@ def test_a_revived_code_moves_towards_what_it_is_given_at_the_usual_pace():
     quantizer = made(counts=[20.0, 0.0, 20.0, 20.0, 20.0])
     z = draw(2, 3, 4, 4)
     quantizer(z)
-    quantizer.update(0)
+    quantizer.update(LATE)
     placed, count = quantizer.codebook[1].clone(), quantizer.counts[1].clone()
     quantizer((placed + 1e-3)[None, :, None, None].expand(1, 3, 4, 4))
-    quantizer.update(1)
+    quantizer.update(LATE + 1)
     share = 0.01 * 16 / (0.99 * count + 0.01 * 16 + EPSILON)
     torch.testing.assert_close(quantizer.codebook[1] - placed, (1e-3 * share).expand(3), rtol=1e-6, atol=0)
 
@@ -380,7 +400,7 @@ def test_choice_is_a_function_of_seed_and_step():
     def revived(seed: int, step: int) -> Tensor:
         quantizer = made(8, 3, counts=[10.0] * 4 + [0.0] * 4, seed=seed)
         quantizer(draw(2, 3, 8, 8))
-        assert quantizer.update(step)["revived"] > 0
+        assert quantizer.update(LATE + step)["revived"] > 0
         return quantizer.codebook
 
     assert torch.equal(revived(1, 2), revived(1, 2))

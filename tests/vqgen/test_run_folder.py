@@ -12,19 +12,8 @@ import pytest
 from safetensors import SafetensorError
 
 from vqgen.errors import InputError
-from vqgen.run_folder import (
-    RunFolder,
-    atomic_folder,
-    disk_errors,
-    find_run,
-    locked,
-    plain_name,
-    read_json,
-    run_for,
-    versions,
-    write_json,
-    write_text,
-)
+from vqgen.files import atomic_folder, disk_errors, locked, read_json, write_json, write_text
+from vqgen.run_folder import RunFolder, find_run, plain_name, run_for, versions
 
 
 @pytest.fixture
@@ -223,7 +212,7 @@ def test_disk_errors_of_safetensors_and_permissions(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_held_by_one_process_and_released_with_it(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from vqgen.run_folder import locked\n"
+    script = "import sys, time; from pathlib import Path; from vqgen.files import locked\n"
     script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
