@@ -30,6 +30,7 @@ from pipelines.cli_options import (
     again,
     count_option,
     finish,
+    first_process,
     given_run,
     load_plugins,
     make_console,
@@ -41,6 +42,9 @@ from pipelines.cli_options import (
 )
 from vqgen import __version__
 from vqgen.errors import Interrupted, VqgenError
+
+SHARED = ("run", "train-codes", "train-prior")
+"""Commands whose work is shared by all processes of a launcher."""
 
 
 class Commands(click.Group):
@@ -56,7 +60,12 @@ def run() -> None:
 
 
 def call(arguments: Sequence[str]) -> int:
-    """The exit code of a command line; errors that the user can put right are one line on stderr."""
+    """The exit code of a command line; errors that the user can put right are one line on stderr.
+
+    Under a launcher, what is not training is done by the first process alone.
+    """
+    if arguments and arguments[0] not in SHARED and not first_process():
+        return 0
     try:
         cli.main(list(arguments), prog_name="vqgen", standalone_mode=False, obj=list(arguments))
     except click.exceptions.Exit as end:
@@ -86,7 +95,7 @@ def cli() -> None:
 
 
 @cli.command("run", epilog="Example: vqgen run --config shapes")
-@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, PLUGIN, JSON)
+@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, OVERWRITE, PLUGIN, JSON)
 def run_command(
     config: str | None,
     data: str | None,
@@ -94,6 +103,7 @@ def run_command(
     sets: tuple[str, ...],
     seed: int | None,
     minutes: float | None,
+    overwrite: bool,
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -105,12 +115,14 @@ def run_command(
     from pipelines.settings import training_minutes
 
     load_plugins(plugins)
-    run, settings = open_new_run(config, data, run_path, sets, seed, None, resume=True)
+    run, settings = open_new_run(config, data, run_path, sets, seed, None)
     if minutes is not None:
         settings = training_minutes(settings, minutes)
     console = make_console(as_json)
-    result = run_all(run, settings, console, hint=again(f"vqgen run --run {run.path}"))
+    result = run_all(run, settings, console, overwrite=overwrite, hint=again())
     record_command(run)
+    if not first_process():
+        return
     if not as_json:
         print_comparison(console, result["comparison"])
         console.result("")
@@ -120,7 +132,7 @@ def run_command(
 
 
 @cli.command("train-codes", epilog="Example: vqgen train-codes --config cifar10 --set training.steps=600")
-@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, RESUME, OVERWRITE, JSON)
+@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, RESUME, OVERWRITE, PLUGIN, JSON)
 def train_codes_command(
     config: str | None,
     data: str | None,
@@ -130,38 +142,40 @@ def train_codes_command(
     minutes: float | None,
     resume: bool,
     overwrite: bool,
+    plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Train the codec, then encode the data with it."""
     from pipelines.train_codes import train_codes
 
-    run, settings = open_new_run(config, data, run_path, sets, seed, minutes, resume=resume, short_for="codec")
+    load_plugins(plugins)
+    run, settings = open_new_run(config, data, run_path, sets, seed, minutes, short_for="codec")
     console = make_console(as_json)
-    hint = again(f"vqgen train-codes --run {run.path} --resume")
-    record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=hint)
+    record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=again("--resume"))
     record_command(run)
     finish(
         console,
         {"run": str(run.path), **record},
         as_json,
         {"codec": run.codec, "codes": run.codes},
-        f"vqgen train-prior --prior transformer{given_run(run_path, run)}",
+        f"vqgen train-prior --prior transformer{given_run(run_path or config or data, run)}",
     )
 
 
 @cli.command("encode", epilog="Example: vqgen encode --data my-images/ --out my-codes")
-@options(RUN, click.option("--data", required=True, metavar="SOURCE", help="Images to encode."))
+@options(RUN, RUN_OF_PRESET, click.option("--data", required=True, metavar="SOURCE", help="Images to encode."))
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the codes.")
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
 @options(JSON)
-def encode_command(run_path: str | None, data: str, out: Path, batch_size: int, as_json: bool) -> None:
+def encode_command(
+    run_path: str | None, config: str | None, data: str, out: Path, batch_size: int, as_json: bool
+) -> None:
     """Encode more images with a trained codec."""
     from pipelines.encode import encode
-    from vqgen.config import DataSettings
 
-    run = open_run(run_path)
+    run = open_run(run_path, config)
     console = make_console(as_json)
-    figures = encode(run, DataSettings(source=data), out, console, batch_size)
+    figures = encode(run, data, out, console, batch_size)
     finish(console, {"out": str(out), **figures}, as_json, {"codes": out}, "")
 
 
@@ -191,18 +205,18 @@ def train_prior_command(
 
     load_plugins(plugins)
     run = open_run(run_path, config)
-    settings = prior_settings_of_run(run, prior, levels, sets, seed=seed, minutes=minutes)
+    settings = prior_settings_of_run(run, prior, levels, sets, seed=seed, minutes=minutes, resume=resume)
     console = make_console(as_json)
-    place = "".join(f" --level {level}" for level in levels)
-    hint = again(f"vqgen train-prior --prior {prior}{place} --run {run.path} --resume")
-    records = train_prior(run, settings, prior, levels, console, resume=resume, overwrite=overwrite, hint=hint)
+    records = train_prior(
+        run, settings, prior, levels, console, resume=resume, overwrite=overwrite, hint=again("--resume")
+    )
     record_command(run)
     finish(
         console,
         {"run": str(run.path), "prior": prior, "levels": records},
         as_json,
         {f"{prior}, {level}": run.prior(prior, level) for level in records},
-        f"vqgen sample{given_run(run_path, run)}",
+        f"vqgen sample{given_run(run_path or config, run)}",
     )
 
 
@@ -248,29 +262,35 @@ def sample_command(
     if prior is None:
         console.say("priors: " + ", ".join(f"{level} {chosen}" for level, chosen in request.priors.items()))
     record = sample(run, request, name or request.default_name(), console)
-    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path, run)}")
+    record_command(run)
+    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path or config, run)}")
 
 
 @cli.command("reconstruct", epilog="Example: vqgen reconstruct -n 8")
-@options(RUN, DATA, click.option("--split", default="validation", show_default=True, help="train, validation or test."))
+@options(
+    RUN,
+    RUN_OF_PRESET,
+    DATA,
+    click.option("--split", default="validation", show_default=True, help="train, validation or test."),
+)
 @options(count_option(8, "Images to draw."))
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder.  [default: reconstruct in the run]"
 )
 @options(JSON)
 def reconstruct_command(
-    run_path: str | None, data: str | None, split: str, images: int, out: Path | None, as_json: bool
+    run_path: str | None, config: str | None, data: str | None, split: str, images: int, out: Path | None, as_json: bool
 ) -> None:
     """Originals beside their reconstructions, level by level."""
     from pipelines.reconstruct import reconstruct
 
-    run = open_run(run_path)
+    run = open_run(run_path, config)
     console = make_console(as_json)
     record = reconstruct(run, data, split, images, out, console)
     if not as_json:
         rows = [[level, f"{f['mse']:.5f}", f"{f['psnr']:.2f}"] for level, f in record["levels"].items()]
         console.table("", ["levels", "mse", "PSNR (dB)"], rows)
-    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path, run)}")
+    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path or config, run)}")
 
 
 @cli.command("compare", epilog="Example: vqgen compare --prior transformer --prior top=transformer,bottom=pixelcnn")
@@ -280,6 +300,7 @@ def reconstruct_command(
 )
 @options(count_option(None, "Test images read.  [all]"))
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Images sampled for each row.")
+@options(click.option("--data", metavar="SOURCE", help="Where the run's images are now, if they were moved."))
 @options(SEED, PLUGIN, JSON)
 def compare_command(
     run_path: str | None,
@@ -287,39 +308,40 @@ def compare_command(
     priors: tuple[str, ...],
     images: int | None,
     samples: int,
+    data: str | None,
     seed: int | None,
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Every trained prior and the baselines: one table, one report."""
     from pipelines.compare import compare
+    from pipelines.run_codes import open_store
     from pipelines.settings import parse_priors
-    from pipelines.train_prior import open_codes
 
     load_plugins(plugins)
     run = open_run(run_path, config)
     console = make_console(as_json)
-    levels = [level.name for level in open_codes(run)[1].info.levels]
+    levels = [level.name for level in open_store(run).info.levels]
     chosen = [parse_priors(text, levels) for text in priors]
-    result = compare(run, chosen, console, images=images, samples=samples, seed=seed or 0)
+    result = compare(run, chosen, console, images=images, samples=samples, seed=seed or 0, source=data)
     if not as_json:
         print_comparison(console, result)
     finish(console, result, as_json, {"report": result["files"]["report.html"]}, "")
 
 
 @cli.command("info", epilog="Example: vqgen info --run runs/shapes")
-@options(RUN, JSON)
-def info_command(run_path: str | None, as_json: bool) -> None:
+@options(RUN, RUN_OF_PRESET, JSON)
+def info_command(run_path: str | None, config: str | None, as_json: bool) -> None:
     """What a run holds, and what to do next."""
     from pipelines.info import info, next_command
 
-    run = open_run(run_path)
+    run = open_run(run_path, config)
     console = make_console(as_json)
     record = info(run)
     if not as_json:
         console.result(f"{record['run']}: {record['data'] or 'no data yet'}")
         console.table("", ["part", "steps", "minutes", "validation"], record["table"])
-    finish(console, record, as_json, {}, next_command(run) + given_run(run_path, run))
+    finish(console, record, as_json, {}, run.command(next_command(run)))
 
 
 @cli.command("priors", epilog="Example: vqgen priors --plugin my_prior.py")
@@ -341,7 +363,7 @@ def priors_command(plugins: tuple[str, ...], as_json: bool) -> None:
 @options(JSON)
 def presets_command(as_json: bool) -> None:
     """The presets there are, one line each."""
-    from vqgen.config import preset_names, preset_summary
+    from vqgen.presets import preset_names, preset_summary
 
     record = [{"name": name, "summary": preset_summary(name)} for name in preset_names()]
     console = make_console(as_json)

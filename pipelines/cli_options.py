@@ -65,19 +65,17 @@ def open_new_run(
     sets: Sequence[str],
     seed: int | None,
     minutes: float | None,
-    *,
-    resume: bool,
     short_for: str | None = None,
 ) -> tuple[RunFolder, Config]:
-    """The run of a command that may make it, and its settings: those of the run where it is there and is resumed."""
-    from pipelines.settings import new_run_settings, run_settings
+    """The run of a command that may make it, and its settings: its own where it is there and no preset is named."""
+    from pipelines.settings import changed_run_settings, new_run_settings
     from vqgen.run_folder import RunFolder, run_for
 
     run = RunFolder(run_for(run_path, config, data))
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"{run.path} is a file.", "Name a folder with --run.")
-    if resume and run.config.is_file() and config is None:
-        return run, run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for=short_for)
+    if run.config.is_file() and config is None:
+        return run, changed_run_settings(run, sets, source=data, seed=seed, minutes=minutes, short_for=short_for)
     return run, new_run_settings(config, data, sets, seed=seed, minutes=minutes, short_for=short_for)
 
 
@@ -105,14 +103,16 @@ def make_console(as_json: bool) -> Console:
     return Console(quiet=as_json, silent=not first_process())
 
 
-def again(command: str) -> str:
-    """The sentence that says how to go on after an interrupt."""
-    return f"Go on with: {command}"
+def again(*options: str) -> str:
+    """The sentence that says how to go on after an interrupt: the same command line, with ``options``."""
+    typed = [argument for argument in click.get_current_context().obj if argument != "--overwrite"]
+    command = [*typed, *(option for option in options if option not in typed)]
+    return f"Go on with: vqgen {shlex.join(command)}"
 
 
-def given_run(run_path: str | None, run: RunFolder) -> str:
-    """`` --run DIR`` for the next command, where this one needed it."""
-    return f" --run {shlex.quote(str(run.path))}" if run_path else ""
+def given_run(named: str | None, run: RunFolder) -> str:
+    """`` --run DIR`` for the next command, where this one named its run in some way."""
+    return f" --run {shlex.quote(str(run.path))}" if named else ""
 
 
 def print_comparison(console: Console, result: Any) -> None:

@@ -24,8 +24,8 @@ from pipelines.likelihood import ESTIMATOR_SAMPLES, HeldOut, code_nats, read_hel
 from pipelines.report.page import Figure, write_page
 from pipelines.report.plots import bits_chart
 from pipelines.report.tables import to_markdown
+from pipelines.run_codes import code_batches, open_codes, prior_spec
 from pipelines.sample import SampleRequest, Samples, draw_samples, load_priors, sample_grid, trained_priors
-from pipelines.train_prior import code_batches, open_codes, prior_spec
 from priors import registry
 from priors.base import Prior
 from vqgen.code_store import CodeStore
@@ -51,13 +51,16 @@ def compare(
     images: int | None = None,
     samples: int = 64,
     seed: int = 0,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Compare priors of ``run`` with each other and with the baselines; writes ``compare/`` in the run.
 
     Args:
         chosen: one prior per level for each row; empty: every prior that is trained.
-        images: test images read; None: all.
+        images: test images measured, evenly spread over the split; None: all.
         samples: images drawn from each row that covers every level.
+        seed: of the samples.
+        source: where the run's data is now, if it was moved.
 
     Returns:
         What compare.json holds (a flat row per prior and level, and ``all``), and the paths written.
@@ -69,9 +72,9 @@ def compare(
     device = Accelerator().device
     codec.to(device)
     levels = [level.name for level in store.info.levels]
-    mixes = list(chosen) or every_trained(run, levels)
-    held_out = read_held_out(run, codec, store, images, console)
-    figures = [Figure("Held-out images", "The first images of the test split.", *_pictured(held_out.images[:samples]))]
+    mixes = [{level: mix[level] for level in levels if level in mix} for mix in chosen or every_trained(run, levels)]
+    held_out = read_held_out(run, codec, store, console, images=images, pictures=samples, source=source)
+    figures = [Figure("Held-out images", "Images of the test split.", *_pictured(held_out.pictures))]
     rows: list[dict[str, Any]] = []
     measured: dict[tuple[str, str], Tensor] = {}
     for mix in [*(dict.fromkeys(levels, name) for name in BASELINES), *mixes]:
@@ -83,7 +86,7 @@ def compare(
         for prior in priors:
             prior.to(device)
             key = (prior.name, prior.spec.target.name)
-            if key not in measured:
+            if prior.likelihood != "none" and key not in measured:
                 measured[key] = code_nats(prior, held_out, levels.index(key[1]), console)
         rows += rows_of(run, label, priors, measured, held_out, codec)
         if len(priors) == len(levels):
@@ -110,7 +113,8 @@ def every_trained(run: RunFolder, levels: Sequence[str]) -> list[dict[str, str]]
     names = sorted({name for level in levels for name in trained.get(level, {}) if name not in BASELINES})
     if not names:
         raise InputError(
-            f"{run.path} has no trained prior to compare.", "Train one with `vqgen train-prior --prior transformer`."
+            f"{run.path} has no trained prior to compare.",
+            f"Train one with `{run.command('train-prior --prior transformer')}`.",
         )
     return [{level: name for level in levels if name in trained.get(level, {})} for name in names]
 
@@ -144,9 +148,10 @@ def rows_of(
     for prior in priors:
         level = prior.spec.target
         record = run.stage(run.prior_stage(prior.name, level.name)) or {}
+        nats = measured.get((prior.name, level.name))
         rows.append(
             empty_row(prior.name, level.name)
-            | likelihood_columns(measured[prior.name, level.name] / LN2, level.positions, prior.likelihood)
+            | likelihood_columns(nats, level.positions, prior.likelihood)
             | {
                 "parameters": sum(p.numel() for p in prior.parameters()),
                 "train_seconds": record.get("seconds", 0.0),
@@ -154,17 +159,25 @@ def rows_of(
             }
         )
     if len(priors) == len(codec.levels):
-        total = torch.stack([measured[prior.name, prior.spec.target.name] for prior in priors]).sum(0)
+        parts = [measured.get((prior.name, prior.spec.target.name)) for prior in priors]
+        known = [nats for nats in parts if nats is not None]
+        total = torch.stack(known).sum(0) if len(known) == len(parts) else None
         positions = sum(level.positions for level in codec.levels)
         kinds = {prior.likelihood for prior in priors}
         kind = "none" if "none" in kinds else "bound" if "bound" in kinds else "exact"
         rows.append(
             empty_row(label, "all")
-            | likelihood_columns(total / LN2, positions, kind)
-            | {"bits_per_dim": bits_per_dim(float((total + held_out.decoder_nats).mean()), codec.spec.dims)}
+            | likelihood_columns(total, positions, kind)
+            | {"bits_per_dim": None if total is None else image_bits_per_dim(total, held_out, codec)}
             | {key: sum(row[key] for row in rows) for key in ("parameters", "train_seconds", "train_steps")}
         )
     return rows
+
+
+def image_bits_per_dim(nats: Tensor, held_out: HeldOut, codec: HierarchicalVQVAE) -> float:
+    """An upper bound on the bits per value of the images: codes, label and decoder together."""
+    whole = nats + held_out.label_nats + held_out.decoder_nats
+    return bits_per_dim(float(whole.mean()), codec.spec.dims)
 
 
 def empty_row(prior: str, level: str) -> dict[str, Any]:
@@ -174,8 +187,11 @@ def empty_row(prior: str, level: str) -> dict[str, Any]:
     return {"prior": prior, "level": level, **dict.fromkeys(columns)}
 
 
-def likelihood_columns(bits: Tensor, positions: int, kind: str) -> dict[str, Any]:
-    """Bits per code and image with the standard error of bits per code over images; ``bits`` is (B,) per image."""
+def likelihood_columns(nats: Tensor | None, positions: int, kind: str) -> dict[str, Any]:
+    """Bits per code and image with the standard error of bits per code over images; ``nats`` is (B,) per image."""
+    if nats is None:
+        return {"likelihood": kind}
+    bits = nats / LN2
     error = float(bits.std() / positions / sqrt(len(bits))) if len(bits) > 1 else None
     return {
         "bits_per_code": float(bits.mean()) / positions,
@@ -253,13 +269,14 @@ def provenance(
         "command": shlex.join(["vqgen", *sys.argv[1:]]),
         "seed": seed,
         "split": "test",
-        "images": len(held_out.images),
+        "images": len(held_out.indices),
         "images_available": len(held_out.codes),
         "codec_fingerprint": store.info.codec_fingerprint,
         "data": run.data_description(),
         "data_fingerprint": store.info.data_fingerprint,
         "pixels": list(held_out.notes),
         "decoder_bits_per_dim": bits_per_dim(float(held_out.decoder_nats.mean()), codec.spec.dims),
+        "label_bits_per_image": float(held_out.label_nats.mean()) / LN2,
     }
 
 
@@ -284,17 +301,17 @@ def highlights(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         by_level.setdefault(row["level"], []).append(row)
     for level, group in by_level.items():
         unigram = next(row["bits_per_code"] for row in group if row["prior"] == "unigram")
-        trained = [row for row in group if row["prior"] not in BASELINES and row["likelihood"] != "none"]
+        trained = [row for row in group if row["prior"] not in BASELINES and row["bits_per_code"] is not None]
+        where = "over all levels" if level == "all" else f"at level {level}"
         for row in trained:
             if row["bits_per_code"] >= unigram:
                 sentences.append(
-                    f"{row['prior']} is no better than counting codes (unigram) at level {level}: "
+                    f"{row['prior']} is no better than counting codes (unigram) {where}: "
                     f"{row['bits_per_code']:.3f} against {unigram:.3f} bits/code."
                 )
         if trained:
             best = min(trained, key=lambda row: row["bits_per_code"])
             sign = "<= " if best["likelihood"] == "bound" else ""
-            where = "over all levels" if level == "all" else f"at level {level}"
             sentences.append(
                 f"Fewest bits {where}: {best['prior']}, {sign}{best['bits_per_code']:.3f} bits/code "
                 f"(unigram {unigram:.3f})."

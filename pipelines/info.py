@@ -30,10 +30,10 @@ def _line(name: str, record: dict[str, Any]) -> list[str]:
 
 
 def next_command(run: RunFolder) -> str:
-    """The command that takes a run one stage further."""
+    """The command that takes a run one stage further, without ``vqgen`` and ``--run``."""
     stages = run.stages()
     if "codec" not in stages or "codes" not in stages:
-        return "vqgen train-codes --resume"
+        return "train-codes --resume"
     if not any(stage.startswith("priors/") for stage in stages):
-        return "vqgen train-prior --prior transformer"
-    return "vqgen sample" if not (run.path / "samples").is_dir() else "vqgen compare"
+        return "train-prior --prior transformer"
+    return "compare" if (run.path / "samples").is_dir() else "sample"

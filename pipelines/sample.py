@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipelines.run_codes import open_codes, open_store
 from pipelines.settings import parse_per_level, parse_priors
-from pipelines.train_prior import open_codes
 from priors import registry
 from priors.base import Prior
 from priors.sampling import Noise, SampleOptions
@@ -50,10 +50,16 @@ class SampleRequest:
     batch_size: int = 64
 
     def default_name(self) -> str:
-        """Name of the samples' folder: the priors, the levels where not all, and the seed."""
-        names = list(dict.fromkeys(self.priors.values()))
-        chosen = names[0] if len(names) == 1 else "-".join(f"{level}-{name}" for level, name in self.priors.items())
-        return f"{chosen}-{len(self.priors)}-levels-seed-{self.seed}"
+        """Name of the samples' folder: priors, seed, and whatever of labels and options is not the default."""
+        parts = [_per_level(self.priors), f"{len(self.priors)}-levels", f"seed-{self.seed}"]
+        if self.labels:
+            parts.append("label-" + "-".join(map(str, dict.fromkeys(self.labels))))
+        for field in fields(SampleOptions):
+            given = {level: getattr(options, field.name) for level, options in (self.options or {}).items()}
+            changed = {level: value for level, value in given.items() if value != field.default}
+            if changed:
+                parts.append(f"{field.name.replace('_', '-')}-{_per_level(changed, len(self.priors))}")
+        return "-".join(parts)[:100]
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,14 @@ class Samples:
     """Seconds spent in each level's prior, and in ``decode``."""
 
 
+def _per_level(values: Mapping[str, Any], levels: int | None = None) -> str:
+    """``"0.9"`` where all ``levels`` have it, else ``"top-0.9-bottom-0.5"``."""
+    distinct = {str(value) for value in values.values()}
+    if len(distinct) == 1 and len(values) == (levels or len(values)):
+        return distinct.pop()
+    return "-".join(f"{level}-{value}" for level, value in values.items())
+
+
 def sample(run: RunFolder, request: SampleRequest, name: str, console: Console) -> dict[str, Any]:
     """Sample images from a run's priors into ``samples/<name>`` of the run; returns what sample.json holds.
 
@@ -80,7 +94,7 @@ def sample(run: RunFolder, request: SampleRequest, name: str, console: Console) 
     accelerator = Accelerator()
     priors = load_priors(run, request.priors, codec)
     samples = draw_samples(codec.to(accelerator.device), priors, store, request, console)
-    return write_samples(run, name, samples, request, store, {**provenance(run, request)})
+    return write_samples(run, name, samples, request, store, provenance(run, request))
 
 
 def request_from_options(
@@ -98,28 +112,28 @@ def request_from_options(
     Raises:
         InputError: more levels than the run has, an unknown prior, level or class, or an option out of range.
     """
-    store = open_codes(run)[1]
-    names = [level.name for level in store.info.levels]
-    if levels is not None and levels > len(names):
+    store = open_store(run)
+    known = [level.name for level in store.info.levels]
+    if levels is not None and levels > len(known):
         raise InputError(
-            f"--levels {levels}: this run has {len(names)} level{'s' if len(names) > 1 else ''} ({', '.join(names)})."
+            f"--levels {levels}: this run has {len(known)} level{'s' if len(known) > 1 else ''} ({', '.join(known)})."
         )
-    names = names[: levels or len(names)]
-    chosen = best_priors(run, names) if prior is None else parse_priors(prior, names)
+    names = known[: levels or len(known)]
+    chosen = best_priors(run, names) if prior is None else parse_priors(prior, known)
     missing = [name for name in names if name not in chosen]
     if missing:
         raise InputError(f"--prior {prior}: no prior for level '{missing[0]}'.", "Name one for every level sampled.")
-    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    values: dict[str, dict[str, Any]] = {}
     for option, text in options.items():
         if text is not None:
             convert = int if option == "top_k" else float
-            for level, value in parse_per_level(text, names, convert, f"--{option.replace('_', '-')}").items():
-                values[level][option] = value
+            for level, value in parse_per_level(text, known, convert, f"--{option.replace('_', '-')}").items():
+                values.setdefault(level, {})[option] = value
     return SampleRequest(
         priors={name: chosen[name] for name in names},
         images=images,
-        labels=parse_labels(labels, store.info.class_names if store.labelled else ()),
-        options={level: SampleOptions(**given) for level, given in values.items() if given},
+        labels=parse_labels(labels, store.info.class_names),
+        options={level: SampleOptions(**given) for level, given in values.items() if level in names},
         seed=seed,
         batch_size=batch_size,
     )
@@ -135,14 +149,14 @@ def load_priors(run: RunFolder, chosen: Mapping[str, str], codec: HierarchicalVQ
             known = f"Trained for {level}: {', '.join(trained)}." if trained else f"None is trained for {level}."
             raise InputError(
                 f"{run.path} has no trained {name} for level '{level}'.",
-                f"{known} Train it with `vqgen train-prior --prior {name} --level {level}`.",
+                f"{known} Train it with `{run.command(f'train-prior --prior {name} --level {level}')}`.",
             )
         registry.get(name)
         prior = Prior.from_pretrained(run.prior(name, level))
         if prior.spec.codec_fingerprint != print_of_codec:
             raise MismatchError(
                 f"The {name} prior of level '{level}' was trained on codes of another codec.",
-                f"Train it again with `vqgen train-prior --prior {name} --level {level} --overwrite`.",
+                f"Train it again with `{run.command(f'train-prior --prior {name} --level {level} --overwrite')}`.",
             )
         priors.append(prior)
     return priors
@@ -170,7 +184,7 @@ def best_priors(run: RunFolder, levels: Sequence[str]) -> dict[str, str]:
         if level not in trained:
             raise InputError(
                 f"{run.path} has no trained prior for level '{level}'.",
-                "Train one with `vqgen train-prior --prior transformer`.",
+                f"Train one with `{run.command('train-prior --prior transformer')}`.",
             )
         chosen[level] = min(trained[level], key=lambda name: _rank(name, trained[level][name]))
     return chosen
@@ -178,7 +192,8 @@ def best_priors(run: RunFolder, levels: Sequence[str]) -> dict[str, str]:
 
 def _rank(name: str, record: Mapping[str, Any]) -> tuple[bool, float]:
     bits = record["validation"].get("bits_per_code")
-    return registry.get(name).likelihood != "exact", float("inf") if bits is None else bits
+    unknown = name not in registry.names()  # its plug-in is not loaded
+    return unknown or registry.get(name).likelihood != "exact", float("inf") if bits is None or unknown else bits
 
 
 def parse_labels(texts: Sequence[str], class_names: Sequence[str]) -> tuple[int, ...]:
@@ -213,9 +228,9 @@ def image_labels(request: SampleRequest, class_count: int) -> Tensor | None:
 def draw_samples(
     codec: HierarchicalVQVAE, priors: Sequence[Prior], store: CodeStore, request: SampleRequest, console: Console
 ) -> Samples:
-    """Codes and pictures of ``request`` from the priors of the coarsest levels, on the codec's device."""
+    """Codes and pictures of ``request``; ``priors`` are those of the coarsest levels, in that order."""
     device = next(codec.parameters()).device
-    labels = image_labels(request, len(store.info.class_names) if store.labelled else 0)
+    labels = image_labels(request, len(store.info.class_names))
     seconds = {prior.spec.target.name: 0.0 for prior in priors} | {"decode": 0.0}
     maps: list[Codes] = []
     pictures = []
@@ -227,10 +242,10 @@ def draw_samples(
             codes: Codes = ()
             for level, prior in enumerate(priors):
                 start = time.perf_counter()
-                options = (request.options or {}).get(prior.spec.target.name, SampleOptions())
-                noise = Noise(request.seed, indices, level)
-                codes = (*codes, prior.sample(noise, codes, label, options))
-                seconds[prior.spec.target.name] += time.perf_counter() - start
+                name = prior.spec.target.name
+                options = (request.options or {}).get(name, SampleOptions())
+                codes = (*codes, prior.sample(Noise(request.seed, indices, level), codes, label, options))
+                seconds[name] += time.perf_counter() - start
             start = time.perf_counter()
             pictures.append(to_uint8(codec.decode(codes)).cpu())
             seconds["decode"] += time.perf_counter() - start

@@ -1,7 +1,7 @@
 """From what was typed to the settings of a run: presets, ``--data``, ``--set`` and ``--minutes``, all checked at once.
 
-A new run starts from a preset or file; every later command starts from the run's own config.yaml and
-merges what it is given over it, so that a resumed stage needs nothing repeated.
+A new run starts from a preset or file; every later command starts from the run's own config.yaml and merges what it
+is given over it. What a prior was begun with is in its folder's settings.json.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from pipelines.run_codes import check_levels
 from priors import registry
 from vqgen.codes import level_names
-from vqgen.config import Config, apply_sets, build, check, merge, raise_problems, read_layers, read_yaml
-from vqgen.errors import InputError
-from vqgen.files import write_text
+from vqgen.config import Config, build, check, raise_problems
+from vqgen.errors import InputError, did_you_mean
+from vqgen.files import read_json, write_text
+from vqgen.presets import apply_sets, merge, read_layers, read_yaml
 from vqgen.run_folder import DEFAULT_PRESET, RunFolder
 from vqgen.training_state import plain, refuse_differences
 
@@ -45,16 +47,27 @@ def new_run_settings(
     return merged_settings(values, sets, source=data, seed=seed, minutes=minutes, short_for=short_for, file=name)
 
 
-def run_settings(
+def run_settings(run: RunFolder, *, source: str | None = None) -> Config:
+    """Settings of an existing run, from its config.yaml; ``source`` is where its data is now, if it was moved.
+
+    The groups of single priors are not checked here: the run may hold a prior whose plug-in is not loaded.
+    """
+    config = build(Config, read_yaml(run.config), str(run.config))
+    if source is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+
+
+def changed_run_settings(
     run: RunFolder,
-    sets: Sequence[str] = (),
+    sets: Sequence[str],
     *,
-    source: str | None = None,
-    seed: int | None = None,
-    minutes: float | None = None,
-    short_for: str | None = None,
+    source: str | None,
+    seed: int | None,
+    minutes: float | None,
+    short_for: str | None,
 ) -> Config:
-    """Settings of an existing run: its config.yaml with what was given merged over it."""
+    """Settings of an existing run with the options of a command merged over them, all checked."""
     values = read_yaml(run.config)
     return merged_settings(
         values, sets, source=source, seed=seed, minutes=minutes, short_for=short_for, file=str(run.config)
@@ -67,39 +80,69 @@ def prior_settings_of_run(
     levels: Sequence[str],
     sets: Sequence[str],
     *,
-    seed: int | None,
-    minutes: float | None,
+    seed: int | None = None,
+    minutes: float | None = None,
+    resume: bool = False,
 ) -> Config:
-    """Settings for training the prior ``name``: the run's own, with what was given merged over them.
+    """Settings for training the prior ``name`` on ``levels`` (none: all) of a run.
 
-    With ``levels``, a bare ``training.X`` and ``minutes`` hold for those levels alone. What a prior is trained
-    with is written back to the run's config.yaml, so that a resume needs nothing repeated.
+    What is given holds for just these levels, over the run's own settings; with ``resume``, over those that a level
+    was begun with, so that a resume needs nothing repeated. Nothing is written.
 
     Raises:
-        InputError: an unknown prior.
+        InputError: an unknown prior or level.
         ConfigError: bad settings, or settings of the data or the codec other than the run's.
     """
     registry.get(name)
     stored = run_settings(run)
-    config = stored
-    for group in [f"priors.{name}.levels.{level}" for level in levels] or [f"priors.{name}"]:
-        values = config.model_dump(mode="json", exclude_none=True)
-        config = merged_settings(
-            values, sets, source=None, seed=None, minutes=minutes, short_for=group, file=str(run.config)
-        )
-    require_codec_settings(run, stored, config)
-    if config != stored:
-        save_settings(run, config)
-    return config.model_copy(update={"seed": seed}) if seed is not None else config
+    known = level_names(len(stored.codec.strides))
+    check_levels(levels, known, "--level")
+    group = f"priors.{name}"
+    file = str(run.config)
+    values = stored.model_dump(mode="json", exclude_none=True)
+    # Checked first as typed, so that a problem is named by the key that was typed.
+    typed = merged_settings(values, sets, source=None, seed=seed, minutes=minutes, short_for=group, file=file)
+    require_codec_settings(run, stored, typed.model_copy(update={"seed": stored.seed}))
+    for level in levels or known:
+        here = f"{group}.levels.{level}"
+        begun = run.prior(name, level) / "settings.json"
+        if resume and begun.is_file():
+            saved = read_json(begun)
+            seed = saved["seed"] if seed is None else seed
+            for key, value in {**saved["config"], "training": saved["training"]}.items():
+                values = merge(values, _nested(f"{here}.{key}", value))
+        own = [_for_level(assignment, group, here) for assignment in sets]
+        if minutes is not None:
+            own.append(f"{here}.training.minutes={minutes}")
+        values = apply_sets(values, own)
+    return merged_settings(values, (), source=None, seed=seed, minutes=None, short_for=None, file=file)
+
+
+def _for_level(assignment: str, group: str, here: str) -> str:
+    """An assignment to the prior's group, or a bare one to its training, as one to the level's group ``here``."""
+    key = assignment.partition("=")[0].strip()
+    if key.startswith("training."):
+        return f"{here}.{assignment}"
+    if key.startswith(f"{group}.") and not key.startswith(f"{group}.levels."):
+        return here + assignment.removeprefix(group)
+    return assignment
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
 
 
 def training_minutes(config: Config, minutes: float) -> Config:
     """``config`` with the budget of every model it trains set to ``minutes``."""
-    names = {
-        name for choice in config.run.priors for name in (choice.values() if isinstance(choice, dict) else [choice])
-    }
+    chosen = [choice.values() if isinstance(choice, dict) else [choice] for choice in config.run.priors]
+    names = {name for group in chosen for name in group}
     values = config.model_dump(mode="json", exclude_none=True)
-    groups = ["codec", *(f"priors.{name}" for name in sorted(names))]
+    groups = ["codec"]
+    for name in sorted(names):
+        levels = values["priors"].get(name, {}).get("levels", {})
+        groups += [f"priors.{name}", *(f"priors.{name}.levels.{level}" for level in levels)]
     return build(Config, apply_sets(values, [f"{group}.training.minutes={minutes}" for group in groups]))
 
 
@@ -167,7 +210,7 @@ def _choice_problems(level: str | None, name: str, levels: Sequence[str] | None)
     except InputError as error:
         return [f"run.priors: {error}"]
     if level is not None and levels is not None and level not in levels:
-        return [f"run.priors: there is no level '{level}'; the codec has {', '.join(levels)}."]
+        return [f"run.priors: there is no level '{level}'. {did_you_mean(level, levels)}".strip()]
     return []
 
 
@@ -202,8 +245,7 @@ def parse_per_level(text: str, levels: Sequence[str], convert: Any, option: str)
     result: dict[str, Any] = {}
     for part in parts:
         level, _, value = part.strip().partition("=")
-        if level not in levels:
-            raise InputError(f"{option} {text}: there is no level '{level}'.", f"This run has {', '.join(levels)}.")
+        check_levels([level], levels, f"{option} {text}")
         try:
             result[level] = convert(value)
         except ValueError:
@@ -211,17 +253,24 @@ def parse_per_level(text: str, levels: Sequence[str], convert: Any, option: str)
     return result
 
 
-def codec_identity(config: Config) -> dict[str, Any]:
-    """The settings that a codec and its codes depend on."""
-    values = config.model_dump(mode="json", include={"data", "codec", "seed"})
-    values["codec"]["training"] = config.codec.training.identity()
-    return values
-
-
 def require_codec_settings(run: RunFolder, stored: Config, given: Config) -> None:
     """Refuse settings that differ from those the run's codec and codes were made with.
+
+    Where the data lies may differ; whether it is the same data is seen when it is read.
 
     Raises:
         ConfigError: listing what differs.
     """
-    refuse_differences(plain(codec_identity(stored)), plain(codec_identity(given)), run.codec)
+    refuse_differences(plain(_codec_settings(stored)), plain(_codec_settings(given)), run.codec)
+
+
+def _codec_settings(config: Config) -> dict[str, Any]:
+    place = {"source", "subset", "revision", "image_column", "label_column", "unreadable"}
+    return {
+        "seed": config.seed,
+        "data": config.data.model_dump(mode="json", exclude=place),
+        "codec": {
+            **config.codec.architecture.model_dump(mode="json"),
+            "training": config.codec.training.identity(),
+        },
+    }

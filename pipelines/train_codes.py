@@ -1,39 +1,38 @@
 """Stage one: train the codec on images, then encode the data with it.
 
-Equation 3 of van den Oord et al. 2017 is the codec's own loss; this file reads the data, trains, calibrates the
+The loss is the codec's own (eq. 3 of van den Oord et al. 2017). This file reads the data, trains, calibrates the
 decoder's likelihood on the validation split, saves, and hands over to `pipelines.encode`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 
 from pipelines.encode import encode_splits
-from pipelines.settings import codec_identity, require_codec_settings, run_settings, save_settings
-from vqgen.checkpoint import CheckpointStore
+from pipelines.settings import require_codec_settings, run_settings, save_settings
+from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.config import Config
 from vqgen.console import Console
 from vqgen.data import ImageData, ImageSplit, load_data
-from vqgen.errors import InputError
+from vqgen.errors import InputError, MismatchError
 from vqgen.files import write_json
 from vqgen.hub import fingerprint
+from vqgen.image_split import spread
 from vqgen.images import image_grid, to_float, to_uint8
 from vqgen.losses import discretized_gaussian_nats, fit_scale
-from vqgen.metrics import CodeUsage, bits_per_dim, mse
+from vqgen.metrics import CodeUsage, bits_per_dim, mse, psnr
 from vqgen.run_folder import RunFolder
 from vqgen.training import Task, fit, make_accelerator
 
 CALIBRATION_IMAGES = 2000
 PREVIEW_IMAGES = 16
-STAGE = "codec"
 
 
 class CodecTask(Task):
@@ -55,19 +54,18 @@ class CodecTask(Task):
     def evaluate(self, batches: Iterable[Mapping[str, Any]], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the images given; perplexity and usage over all their codes, per level."""
         usage = [CodeUsage(level.codebook_size) for level in self.model.levels]
-        totals = torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
             images = to_float(batch["images"])
             result = self.model(images)
-            count = len(images)
-            squared = mse(result.images.clamp(-1, 1), images).sum()
-            totals += torch.tensor([count, count * result.loss.item(), squared.item()], dtype=torch.float64)
+            shown = result.images.clamp(-1, 1)
+            sums = [len(images), len(images) * result.loss, mse(shown, images).sum(), psnr(shown, images).sum()]
+            totals += torch.tensor([float(value) for value in sums], dtype=torch.float64)
             for level, codes in zip(usage, result.codes, strict=True):
                 level.add(codes)
         device = next(self.model.parameters()).device
-        count, loss, squared = reduce(totals.float().to(device)).tolist()
-        error = squared / count
-        figures = {"loss": loss / count, "mse": error, "psnr": -10 * math.log10(max(error, 1e-12))}
+        count, *sums = reduce(totals.float().to(device)).tolist()
+        figures = {name: value / count for name, value in zip(("loss", "mse", "psnr"), sums, strict=True)}
         for spec, level in zip(self.model.levels, usage, strict=True):
             level.counts.copy_(reduce(level.counts.to(device)).to(level.counts.device))
             figures[f"{spec.name}_perplexity"] = level.perplexity
@@ -76,8 +74,7 @@ class CodecTask(Task):
 
     def preview(self) -> Image.Image | None:
         """Validation images above their reconstructions."""
-        device = next(self.model.parameters()).device
-        images = self._preview_images.to(device)
+        images = self._preview_images.to(next(self.model.parameters()).device)
         made = to_uint8(self.model.decode(self.model.encode(to_float(images))))
         return image_grid(torch.cat([images, made]).cpu(), columns=len(images))
 
@@ -87,51 +84,61 @@ def train_codes(
 ) -> dict[str, Any]:
     """Train the codec of ``run``, save it, and encode every split; returns the stage's record.
 
+    ``hint`` tells an interrupted user how to go on.
+
     Raises:
-        InputError: the run already holds a codec and neither ``resume`` nor ``overwrite`` is given.
+        InputError: the run already holds a codec, trained or begun, and neither ``resume`` nor ``overwrite`` is given.
         ConfigError: ``resume`` with settings other than the run's.
+        MismatchError: ``resume`` with images other than the run's.
     """
-    if overwrite and run.exists:
-        doomed = [*run.stages(), "samples", "compare", "reconstruct"]
-        console.say(f"{run.path}: removing {', '.join(doomed)}.")
-        run.remove_stages(list(dict.fromkeys(["codec", "codes", *doomed])))
-    done = run.stage(STAGE)
-    if done and not resume:
+    done = None if overwrite else run.stage("codec")
+    begun = not overwrite and CheckpointStore(run.codec / "checkpoints", 1).latest() is not None
+    if (done or begun) and not resume:
         raise InputError(
-            f"{run.path} already holds a trained codec.",
-            "Go on with `vqgen train-prior`, name another run with --run, or redo everything with --overwrite.",
+            f"{run.path} already holds a {'trained' if done else 'half-trained'} codec.",
+            f"Go on with `{run.command('train-prior --prior transformer')}`, name another run with --run, or redo "
+            "everything with --overwrite."
+            if done
+            else "Go on with --resume, or start again with --overwrite.",
         )
-    if not done and not resume and CheckpointStore(run.codec / "checkpoints", 1).latest():
-        raise InputError(
-            f"{run.path} holds a codec whose training was not finished.",
-            "Go on with --resume, or start again with --overwrite.",
-        )
-    if run.config.is_file() and resume:
+    if done or begun:
         require_codec_settings(run, run_settings(run), config)
     if done and run.stage("codes"):
         console.say(f"{run.path}: the codec is trained and the data encoded; nothing to do.")
         return done
     data = load_data(config.data, config.seed, notify=console.say)
-    settings = config.codec.training
-    accelerator = make_accelerator(settings, players=1)
-    set_seed(config.seed)
-    codec = HierarchicalVQVAE(config.codec.architecture, data.image)
-    if not done:
+    if (done or begun) and run.read()["data"].get("fingerprint") != data.fingerprint:
+        raise MismatchError(
+            f"The images of '{config.data.source}' are not those that the codec in {run.path} was trained on.",
+            "Say where those are with --data, or redo the codec with --overwrite.",
+        )
+    if overwrite:
+        remove_all(run, console)
+    accelerator = make_accelerator(config.codec.training)
+    if done:
+        codec = HierarchicalVQVAE.from_pretrained(run.codec).to(accelerator.device)
+    else:
         if accelerator.is_main_process:
             run.create()
             save_settings(run, config)
-            run.record_data({"description": data.description, "fingerprint": data.fingerprint})
+            notes = {"notes": list(data.notes)}
+            run.record_data({"description": data.description, "fingerprint": data.fingerprint, **notes})
+        with preserved_random_state():
+            seed_random_state(config.seed, 0)
+            codec = HierarchicalVQVAE(config.codec.architecture, data.image)
         console.say(describe(codec, data))
         validation = data.splits["validation"]
-        task = CodecTask(codec, first_images(validation, PREVIEW_IMAGES))
         result = fit(
-            task,
+            CodecTask(codec, some_images(validation, PREVIEW_IMAGES)),
             data.splits["train"],
             validation,
-            settings,
+            config.codec.training,
             run.codec,
             seed=config.seed,
-            identity=codec_identity(config),
+            identity={
+                "codec": codec.config.model_dump(mode="json"),
+                "data": {"fingerprint": data.fingerprint, "flip": config.data.flip},
+            },
             accelerator=accelerator,
             console=console,
             resume=resume,
@@ -139,7 +146,7 @@ def train_codes(
             description="codec",
         )
         codec.to(accelerator.device).eval()
-        figures = calibrate(codec, validation, settings.batch_size, console)
+        figures = calibrate(codec, validation, config.codec.training.batch_size, console)
         done = {
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
@@ -150,12 +157,10 @@ def train_codes(
             codec.save_pretrained(run.codec)
             write_json(run.codec / "metrics.json", done["validation"])
             done["fingerprint"] = fingerprint(run.codec)
-            run.record_stage(STAGE, done)
-    else:
-        codec = HierarchicalVQVAE.from_pretrained(run.codec).to(accelerator.device)
+            run.record_stage("codec", done)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        usage = encode_splits(run.codes, codec, fingerprint(run.codec), data, console, settings.batch_size)
+        usage = encode_splits(run.codes, codec, fingerprint(run.codec), data, console, config.codec.training.batch_size)
         run.record_stage("codes", usage)
         for spec in codec.levels:
             console.say(usage[spec.name]["verdict"])
@@ -163,17 +168,26 @@ def train_codes(
     return done
 
 
+def remove_all(run: RunFolder, console: Console) -> None:
+    """Remove the codec of a run and all that was made from it, after naming it."""
+    parts = dict.fromkeys(["codec", "codes", *run.stages(), "priors", "samples", "reconstruct", "compare"])
+    present = [part for part in parts if (run.path / part).exists()]
+    if present:
+        console.say(f"{run.path}: removing {', '.join(present)}.")
+        run.remove_stages(list(parts))
+
+
 def calibrate(codec: HierarchicalVQVAE, validation: ImageSplit, batch_size: int, console: Console) -> dict[str, float]:
     """Fit the decoder's scale on validation images; returns its bits/dim on the same images.
 
-    The discretised Gaussian of `vqgen.losses`; at most 2,000 images are read.
+    The discretised Gaussian of `vqgen.losses`; at most 2,000 images are read, evenly spread over the split.
     """
     device = next(codec.parameters()).device
-    count = min(len(validation), CALIBRATION_IMAGES)
+    chosen = spread(np.arange(len(validation)), CALIBRATION_IMAGES)
     pairs = []
-    with torch.no_grad(), console.progress("decoder scale", count, "images") as progress:
-        for start in range(0, count, batch_size):
-            images = validation.__getitems__(range(start, min(start + batch_size, count)))["images"]
+    with torch.no_grad(), console.progress("decoder scale", len(chosen), "images") as progress:
+        for start in range(0, len(chosen), batch_size):
+            images = validation.__getitems__(chosen[start : start + batch_size])["images"]
             means = codec.decode(codec.encode(to_float(images).to(device))).cpu()
             pairs.append((images, means))
             progress.advance(len(images))
@@ -183,8 +197,9 @@ def calibrate(codec: HierarchicalVQVAE, validation: ImageSplit, batch_size: int,
     return {"decoder_bits_per_dim": bits_per_dim(float(nats.mean()), codec.spec.dims)}
 
 
-def first_images(split: ImageSplit, count: int) -> Tensor:
-    images: Tensor = split.__getitems__(range(min(count, len(split))))["images"]
+def some_images(split: ImageSplit, count: int) -> Tensor:
+    """At most ``count`` images of a split, evenly spread over it: (B, C, H, W) uint8."""
+    images: Tensor = split.__getitems__(spread(np.arange(len(split)), count))["images"]
     return images
 
 

@@ -6,30 +6,33 @@ alone; the codec is not touched and, but for its codebooks, not even read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from pipelines.run_codes import check_levels, code_batches, open_codes, prior_spec, split_batch
 from priors import registry
-from priors.base import Prior, PriorSpec
+from priors.base import Prior
+from priors.registry import PriorSettings
 from priors.sampling import Noise
-from vqgen.checkpoint import CheckpointStore
+from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
-from vqgen.codes import Codes
 from vqgen.config import Config
 from vqgen.console import Console
-from vqgen.errors import InputError, MismatchError
+from vqgen.errors import ConfigError, InputError
 from vqgen.files import write_json
 from vqgen.hub import fingerprint
 from vqgen.images import image_grid, to_uint8
 from vqgen.metrics import nats_to_bits
 from vqgen.run_folder import RunFolder
 from vqgen.training import Task, fit, make_accelerator
+from vqgen.training_state import plain, refuse_differences
 
 PREVIEW_IMAGES = 16
 VALIDATION_SAMPLES = 16
@@ -56,23 +59,24 @@ class PriorTask(Task):
         return result
 
     def evaluate(self, batches: Iterable[Mapping[str, Any]], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Mean nats and bits per code over the maps given."""
+        """Mean nats and bits per code; of a prior without a likelihood, the mean loss of its first player."""
+        exact = self.model.likelihood != "none"
         totals = torch.zeros(2, dtype=torch.float64)
         for number, batch in enumerate(batches):
             codes, context, label = split_batch(batch, self.level)
-            noise = Noise(self._seed, tuple(range(number << 20, (number << 20) + len(codes))), self.level)
-            density = self.model.log_prob(codes, context, label, noise=noise, samples=VALIDATION_SAMPLES)
-            totals += torch.tensor([codes.numel(), -density.nats.double().sum().item()], dtype=torch.float64)
-        count, nats = reduce(totals).tolist()
-        return {"loss": nats / count, "bits_per_code": nats_to_bits(nats / count)}
+            if exact:
+                noise = Noise(self._seed, tuple(range(number << 20, (number << 20) + len(codes))), self.level)
+                density = self.model.log_prob(codes, context, label, noise=noise, samples=VALIDATION_SAMPLES)
+                nats = -density.nats.double().sum().item()
+            else:
+                nats = self.model(codes, context, label, player=self.players[0])["loss"].item() * codes.numel()
+            totals += torch.tensor([codes.numel(), nats], dtype=torch.float64)
+        count, nats = reduce(totals.float().to(self.model.device)).tolist()
+        loss = nats / count
+        return {"loss": loss, "bits_per_code": nats_to_bits(loss)} if exact else {"loss": loss}
 
     def preview(self) -> Image.Image | None:
         return self._preview(self.model)
-
-
-def split_batch(batch: Mapping[str, Any], level: int) -> tuple[Tensor, Codes, Tensor | None]:
-    """The codes of a level, the coarser codes, and the labels of a batch of the code store."""
-    return batch["codes"][level], tuple(batch["codes"][:level]), batch.get("label")
 
 
 def train_prior(
@@ -84,56 +88,93 @@ def train_prior(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    keep_finished: bool = False,
     hint: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Train the prior ``name`` on the given levels (default: all) of ``run``; returns the record of each level.
 
+    ``hint`` tells an interrupted user how to go on. ``keep_finished`` leaves a finished level as it is even where
+    its settings were others, and says so.
+
     Raises:
         InputError: an unknown prior or level, or a level already trained without ``resume`` or ``overwrite``.
+        ConfigError: a level already trained with other settings.
         MismatchError: the codes are not of this codec.
     """
     registry.get(name)
     codec, store = open_codes(run)
     known = [level.name for level in store.info.levels]
-    chosen = list(levels) if levels else known
+    check_levels(levels or (), known, "--level")
+    chosen = [level for level in known if not levels or level in levels]
+    settings = {level: registry.prior_settings(name, config.priors.get(name, {}), level) for level in chosen}
+    records: dict[str, dict[str, Any]] = {}
     for level in chosen:
-        if level not in known:
-            raise InputError(f"There is no level '{level}'.", f"This run has {', '.join(known)}.")
+        record = run.stage(run.prior_stage(name, level))
+        begun = CheckpointStore(run.prior(name, level) / "checkpoints", 1).latest()
+        if overwrite or not (record or begun):
+            continue
+        if not resume:
+            state = "a trained" if record else "a half-trained"
+            raise InputError(
+                f"{run.path} already holds {state} {name} for level '{level}'.",
+                "Go on with --resume, or redo it with --overwrite.",
+            )
+        if record:
+            given = identity_of(name, settings[level], config.seed)
+            console.say(f"{name}, {level}: already trained{_kept(record, given, run, keep_finished)}.")
+            records[level] = record
     if overwrite:
-        doomed = [run.prior_stage(name, level) for level in chosen]
-        console.say(f"{run.path}: removing {', '.join(doomed)}.")
-        run.remove_stages(doomed)
-    taken = [level for level in chosen if run.stage(run.prior_stage(name, level))]
-    if taken and not resume:
-        raise InputError(
-            f"{run.path} already holds a trained {name} for {', '.join(taken)}.",
-            "Sample with `vqgen sample`, or redo it with --overwrite.",
-        )
-    begun = [
-        level
-        for level in chosen
-        if level not in taken and CheckpointStore(run.prior(name, level) / "checkpoints", 1).latest()
-    ]
-    if begun and not resume:
-        raise InputError(
-            f"{run.path} holds a {name} for {', '.join(begun)} whose training was not finished.",
-            "Go on with --resume, or start again with --overwrite.",
-        )
-    records = {}
-    for level in known:
-        if level in taken and level in chosen:
-            console.say(f"{name}, {level}: already trained; nothing to do.")
-            records[level] = run.stage(run.prior_stage(name, level)) or {}
-        elif level in chosen:
-            records[level] = train_level(run, config, name, known.index(level), codec, store, console, resume, hint)
+        remove_prior(run, name, chosen, console)
+    for level in chosen:
+        if level not in records:
+            records[level] = train_level(
+                run, name, known.index(level), settings[level], config.seed, codec, store, console, resume, hint
+            )
     return records
+
+
+def identity_of(name: str, settings: PriorSettings, seed: int) -> dict[str, Any]:
+    """The settings that decide what a trained prior is."""
+    return {
+        "prior": name,
+        "config": settings.config.model_dump(mode="json"),
+        "training": settings.training.identity(),
+        "seed": seed,
+    }
+
+
+def _kept(record: Mapping[str, Any], given: Mapping[str, Any], run: RunFolder, keep: bool) -> str:
+    try:
+        refuse_differences(record["settings"], plain(given), run.path)
+    except ConfigError:
+        if not keep:
+            raise
+        return " with other settings, and kept"
+    return "; nothing to do"
+
+
+def remove_prior(run: RunFolder, name: str, levels: Sequence[str], console: Console) -> None:
+    """Remove a prior of some levels, and the samples and the comparison made with it, after naming them."""
+    doomed = [run.prior_stage(name, level) for level in levels]
+    for path in sorted(run.path.glob("samples/*/sample.json")):
+        try:
+            used = json.loads(path.read_text(encoding="utf-8"))["priors"]
+            made_with_it = any(level in levels and prior["name"] == name for level, prior in used.items())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a record of ours: not ours to remove
+        doomed += [path.parent.relative_to(run.path).as_posix()] * made_with_it
+    present = [part for part in [*doomed, "compare"] if (run.path / part).exists()]
+    if present:
+        console.say(f"{run.path}: removing {', '.join(present)}.")
+    run.remove_stages([*doomed, "compare"])
 
 
 def train_level(
     run: RunFolder,
-    config: Config,
     name: str,
     level: int,
+    settings: PriorSettings,
+    seed: int,
     codec: HierarchicalVQVAE,
     store: CodeStore,
     console: Console,
@@ -142,31 +183,26 @@ def train_level(
 ) -> dict[str, Any]:
     """Train one prior on one level, save it in the run, and record it."""
     target = store.info.levels[level]
-    section = config.priors.get(name, {})
-    settings = registry.prior_settings(name, section, target.name)
     accelerator = make_accelerator(settings.training, players=len(registry.get(name).players))
-    set_seed(config.seed)
-    prior = registry.get(name)(settings.config, prior_spec(store, level))
-    books = [quantizer.codebook.detach() for quantizer in codec.quantizers]
-    prior.set_codebooks(books[level], books[:level])
+    prior = make_prior(name, settings, seed, codec, store, level, accelerator)
     train, validation = store.split("train"), store.split("validation")
-    prior.prepare(code_batches(train, level))
     folder = run.prior(name, target.name)
+    identity = identity_of(name, settings, seed)
     parameters = sum(p.numel() for p in prior.parameters())
     console.say(f"{name}, {target.name}: {parameters:,} parameters; {len(train):,} code maps")
     record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "parameters": parameters, "validation": {}}
-    identity = {"prior": name, "config": settings.config.model_dump(mode="json"), "seed": config.seed}
-    identity |= {"codes": store.fingerprint}
     if prior.players:
-        task = PriorTask(prior, level, config.seed, lambda model: preview(codec, validation, model, level, config.seed))
+        if accelerator.is_main_process and not CheckpointStore(folder / "checkpoints", 1).latest():
+            training = settings.training.model_dump(mode="json", exclude_none=True)
+            write_json(folder / "settings.json", {**identity, "training": training})
         result = fit(
-            task,
+            PriorTask(prior, level, seed, lambda model: preview(codec, validation, model, level, seed)),
             train,
             validation,
             settings.training,
             folder,
-            seed=config.seed,
-            identity=identity,
+            seed=seed,
+            identity={**identity, "codes": store.fingerprint},
             accelerator=accelerator,
             console=console,
             resume=resume,
@@ -175,66 +211,45 @@ def train_level(
         )
         record |= {"steps": result.steps, "seconds": round(result.seconds, 2), "validation": result.best}
     prior.eval()
-    prior.calibrate(code_batches(validation, level))
+    prior.calibrate(code_batches(validation, level, device=prior.device))
     if accelerator.is_main_process:
         prior.save_pretrained(folder)
         write_json(folder / "metrics.json", record["validation"])
-        record |= {
-            "fingerprint": fingerprint(folder),
-            "settings": {**identity, "training": settings.training.model_dump(mode="json", exclude_none=True)},
-        }
+        record |= {"fingerprint": fingerprint(folder), "settings": identity}
         run.record_stage(run.prior_stage(name, target.name), record)
     accelerator.wait_for_everyone()
     return record
 
 
-def open_codes(run: RunFolder) -> tuple[HierarchicalVQVAE, CodeStore]:
-    """The codec of a run and its codes.
+def make_prior(
+    name: str,
+    settings: PriorSettings,
+    seed: int,
+    codec: HierarchicalVQVAE,
+    store: CodeStore,
+    level: int,
+    accelerator: Accelerator,
+) -> Prior:
+    """A prior that is ready to be trained: initialised from the seed, given the codebooks, and prepared.
 
-    Raises:
-        InputError: the run has no codec or no codes yet.
-        MismatchError: the codes were made by another codec.
+    Each process hands its share of the training codes to ``prepare``.
     """
-    run.require_stage("codec", "vqgen train-codes")
-    run.require_stage("codes", "vqgen train-codes --resume")
-    codec = HierarchicalVQVAE.from_pretrained(run.codec)
-    store = CodeStore.load(run.codes)
-    if store.info.codec_fingerprint != fingerprint(run.codec):
-        raise MismatchError(
-            f"The codes in {run.codes} were made by another codec than the one in {run.codec}.",
-            "Put back that codec, or redo the run with `vqgen train-codes --overwrite`.",
-        )
-    return codec, store
-
-
-def prior_spec(store: CodeStore, level: int) -> PriorSpec:
-    """The shapes a prior of ``level`` is made for."""
-    info = store.info
-    return PriorSpec(
-        target=info.levels[level],
-        context=info.levels[:level],
-        classes=len(info.class_names) if store.labelled else 0,
-        class_names=info.class_names if store.labelled else (),
-        codec_fingerprint=info.codec_fingerprint,
-    )
-
-
-def code_batches(split: CodeSplit, level: int, size: int = 512) -> Iterator[tuple[Tensor, Codes, Tensor | None]]:
-    """(codes, context, label) of a whole split in its order, as `Prior.prepare` takes them."""
-    for start in range(0, len(split), size):
-        yield split_batch(split.__getitems__(range(start, min(start + size, len(split)))), level)
+    with preserved_random_state():
+        seed_random_state(seed, 0)
+        prior = registry.get(name)(settings.config, prior_spec(store, level))
+    books = [quantizer.codebook.detach() for quantizer in codec.quantizers]
+    prior.set_codebooks(books[level], books[:level])
+    prior.to(accelerator.device)
+    train = store.split("train")
+    share = range(accelerator.process_index, len(train), accelerator.num_processes)
+    prior.prepare(code_batches(train, level, share, prior.device))
+    return prior
 
 
 def preview(codec: HierarchicalVQVAE, validation: CodeSplit, prior: Prior, level: int, seed: int) -> Image.Image:
     """Validation reconstructions above the same images with this level sampled (coarser levels real, finer absent)."""
     count = min(PREVIEW_IMAGES, len(validation))
-    batch = validation.__getitems__(range(count))
-    device = next(prior.parameters()).device
-    codes, context, label = split_batch(batch, level)
-    context = tuple(c.to(device) for c in context)
-    label = None if label is None else label.to(device)
-    sampled = prior.sample(Noise(seed, tuple(range(count)), level), context, label).cpu()
-    context = tuple(c.cpu() for c in context)
-    with torch.no_grad():
-        rows = torch.cat([codec.decode((*context, codes)), codec.decode((*context, sampled))])
-    return image_grid(to_uint8(rows), columns=count)
+    codes, context, label = next(code_batches(validation, level, range(count), prior.device))
+    sampled = prior.sample(Noise(seed, tuple(range(count)), level), context, label)
+    rows = [codec.decode(tuple(c.cpu() for c in (*context, last))) for last in (codes, sampled)]
+    return image_grid(to_uint8(torch.cat(rows)), columns=count)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vqgen.codes import MAX_LEVELS, level_names
-from vqgen.config import Settings, TrainingSettings, check, merge, raise_problems
+from vqgen.config import Settings, TrainingSettings, check, player_problems, raise_problems
 from vqgen.errors import InputError, did_you_mean
+from vqgen.presets import merge
 
 if TYPE_CHECKING:
     from priors.base import Prior
@@ -169,6 +170,7 @@ def _check_layer(prior: type[Prior], merged: Mapping[str, Any], where: str) -> l
     architecture = {key: value for key, value in merged.items() if key != "training"}
     _, problems = check(prior.Config, architecture, where)
     problems += check(TrainingSettings, merged["training"], f"{where}.training")[1]
+    problems += player_problems(merged["training"], prior.players, f"{where}.training")
     return [line.removeprefix(where) for line in problems]
 
 

@@ -54,7 +54,7 @@ class TransformerConfig(Settings):
     def _widths(self) -> TransformerConfig:
         if self.dim % (2 * self.heads) or self.dim < 4 * self.heads:
             raise ValueError(
-                f"dim must be a multiple of 2 * heads, and at least 4 * heads, got dim {self.dim} and heads {self.heads}"
+                f"dim must be a multiple of 2 * heads and at least 4 * heads, got dim {self.dim} and heads {self.heads}"
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")

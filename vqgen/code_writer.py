@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 from vqgen.code_info import FORMAT, INFO, LABEL, TABLE, CodeStoreInfo, column_dtype
 from vqgen.codes import Codes
 from vqgen.errors import InputError
+from vqgen.files import atomic_folder
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -38,15 +37,16 @@ class CodeWriter:
     def __init__(self, folder: str | Path, info: CodeStoreInfo) -> None:
         self.folder = Path(folder)
         self.info = info
-        self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
         self._files = ExitStack()
         self._open: dict[str, _SplitWriter] = {}
 
     def __enter__(self) -> CodeWriter:
-        if self.folder.exists() and not (self.folder / INFO).is_file() and any(self.folder.iterdir()):
+        occupied = not self.folder.is_dir() or any(self.folder.iterdir()) if self.folder.exists() else False
+        if occupied and not (self.folder / INFO).is_file():
             raise InputError(f"'{self.folder}' exists and is not a code store.", "Name another folder, or move it.")
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        # Left in the opposite order: the splits' files are closed, codes.json is written, the folder is renamed.
+        self._temporary = self._files.enter_context(atomic_folder(self.folder))
+        self._files.push(self._finish)
         return self
 
     def add(self, split: str, codes: Codes, labels: Tensor | None = None) -> None:
@@ -61,14 +61,11 @@ class CodeWriter:
         self._open[split].add(columns)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            self._files.__exit__(kind, error, _)
-            if kind is None:
-                self._finish()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._files.__exit__(kind, error, _)
 
-    def _finish(self) -> None:
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
         if not self._open:
             raise InputError(f"No codes to write to '{self.folder}'.")
         info = replace(
@@ -78,16 +75,6 @@ class CodeWriter:
         )
         text = json.dumps({"format": FORMAT, **asdict(info)}, indent=2, ensure_ascii=False) + "\n"
         (self._temporary / INFO).write_text(text, encoding="utf-8")
-        older = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
-        if self.folder.exists():
-            self.folder.rename(older)
-        try:
-            self._temporary.rename(self.folder)
-        except OSError:
-            if older.exists():
-                older.rename(self.folder)
-            raise
-        shutil.rmtree(older, ignore_errors=True)
 
 
 class _SplitWriter:

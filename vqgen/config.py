@@ -1,23 +1,32 @@
 """Settings: typed, frozen, and checked all at once.
 
-A run's settings come in the groups ``data``, ``codec``, ``priors.<name>`` and ``run``. They are layered:
-defaults, the chain of ``base`` presets, the preset or file, ``--set KEY=VALUE``. A budget (``steps``,
-``epochs`` or ``minutes``) named in an upper layer replaces the budget of the layers below it.
-
-What a prior's own settings are is not known here: ``priors.<name>`` stays a plain mapping, checked by
-`priors.registry` against the class it names.
+A run's settings come in the groups ``data``, ``codec``, ``priors.<name>`` and ``run``; where their values come
+from is `vqgen.presets`. What a prior's own settings are is not known here: ``priors.<name>`` stays a plain mapping,
+checked by `priors.registry` against the class it names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from vqgen.errors import ConfigError, InputError, did_you_mean
+from vqgen.codes import MAX_LEVELS
+from vqgen.errors import ConfigError, did_you_mean
+from vqgen.problems import plain_types, problem_lines
 
 BUDGETS = ("steps", "epochs", "minutes")
 
@@ -25,9 +34,42 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, and unknown keys are errors."""
+    """Base of every settings class: frozen; unknown keys, infinite numbers and booleans for numbers are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python, true is the number 1.
+        kinds = plain_types(cls.model_fields[info.field_name or ""].annotation)
+        if bool not in kinds and kinds & {int, float} and _holds_boolean(value):
+            raise PydanticCustomError("boolean", "true and false are not numbers")
+        return value
+
+
+def expects(what: str) -> WrapValidator:
+    """For the type of a setting: whatever does not fit is one problem, which says that ``what`` was expected."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("expected", "expected {what}", {"what": what}) from None
+
+    return WrapValidator(validate)
+
+
+Whole = Annotated[int, Field(ge=1)]
+"""A whole number of at least 1."""
+WholePerLevel = Annotated[Whole | tuple[Whole, ...], expects("a whole number of at least 1, or one per level")]
+WeightPerLevel = Annotated[
+    Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...],
+    expects("a number of at least 0, or one per level"),
+]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[_Beta, _Beta], expects("two numbers from 0 up to but below 1, such as [0.9, 0.999]")]
+PriorChoice = Annotated[str | dict[str, str], expects("the name of a prior, or a mapping from level to name")]
 
 
 class PlayerSettings(Settings):
@@ -35,7 +77,7 @@ class PlayerSettings(Settings):
 
     optimizer: Literal["adam", "rmsprop"] | None = None
     learning_rate: float | None = Field(None, gt=0)
-    betas: tuple[float, float] | None = None
+    betas: Betas | None = None
     weight_decay: float | None = Field(None, ge=0)
     clip: float | None = Field(None, gt=0)
 
@@ -55,7 +97,7 @@ class TrainingSettings(Settings):
     """Micro-batches per optimiser step."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     learning_rate: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW) with ``adam``; an L2 penalty with ``rmsprop``."""
     clip: float | None = Field(None, gt=0)
@@ -113,7 +155,9 @@ class DataSettings(Settings):
     """Configuration name of a hub data set that has several."""
     revision: str | None = None
     """Revision of a hub data set."""
-    image_size: int | tuple[int, int] | None = None
+    image_size: Annotated[
+        Whole | tuple[Whole, Whole] | None, expects("a whole number of at least 1, or two: height and width")
+    ] = None
     """Size to resize to: a number for a square, or height and width; none keeps the size of the first image."""
     channels: Literal[1, 2, 3, 4] | None = None
     """Channels to convert to; none keeps those of the first image."""
@@ -130,25 +174,17 @@ class DataSettings(Settings):
     unreadable: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images that is skipped with a notice before it is an error."""
 
-    @field_validator("image_size")
-    @classmethod
-    def _positive_size(cls, value: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        sides = (value,) if isinstance(value, int) else value or ()
-        if any(side < 1 for side in sides):
-            raise ValueError("must be at least 1")
-        return value
-
 
 class CodecConfig(Settings):
     """Architecture of the codec (VQ-VAE-2, Razavi et al. 2019, sec. 3.1)."""
 
-    strides: tuple[int, ...] = (8, 4)
+    strides: Annotated[tuple[int, ...], expects("a list of whole numbers, such as [8, 4]")] = (8, 4)
     """Downsampling of each level, coarse to fine; powers of two, each a multiple of the next."""
-    codebook_size: int | tuple[int, ...] = 512
+    codebook_size: WholePerLevel = 512
     """K: one number, or one per level."""
-    code_dim: int | tuple[int, ...] = 64
+    code_dim: WholePerLevel = 64
     """D: one number, or one per level."""
-    commitment: float | tuple[float, ...] = 0.25
+    commitment: WeightPerLevel = 0.25
     """beta, the weight of the commitment loss: one number, or one per level."""
     width: int = Field(128, ge=2)
     """Channels of the encoders and the decoder."""
@@ -156,7 +192,7 @@ class CodecConfig(Settings):
     """Residual blocks at the end of each encoder and the start of each decoder."""
     residual_width: int = Field(32, ge=1)
     """Channels inside a residual block."""
-    filters: tuple[int, ...] | None = None
+    filters: Annotated[tuple[Whole, ...] | None, expects("a list of whole numbers of at least 1")] = None
     """Explicit channels of each convolution of the finest encoder (reversed in the decoder); replaces ``width``
     there. The first entries halve the map until the finest stride is reached, the others keep its size."""
     codebook: Literal["ema", "gradient"] = "ema"
@@ -169,32 +205,33 @@ class CodecConfig(Settings):
     """Share of training images whose finer levels are hidden from the decoder, so that it can do without them."""
     reconstruction: Literal["mse", "l1"] = "mse"
 
-    @model_validator(mode="after")
-    def _levels_agree(self) -> CodecConfig:
-        problems = []
-        count = len(self.strides)
-        if not 1 <= count <= 3:
-            problems.append(f"strides must name 1, 2 or 3 levels, got {count}")
-        if any(stride < 2 or stride & (stride - 1) for stride in self.strides):
-            problems.append(f"strides must be powers of two from 2 up, got {list(self.strides)}")
-        elif any(coarse <= fine for coarse, fine in zip(self.strides, self.strides[1:], strict=False)):
-            problems.append(f"strides must fall from coarse to fine, such as [8, 4], got {list(self.strides)}")
-        for name, least in (("codebook_size", 1), ("code_dim", 1), ("commitment", 0)):
-            value = getattr(self, name)
-            values = value if isinstance(value, tuple) else (value,)
-            if len(values) not in (1, count):
-                problems.append(f"{name} must be one number or {count}, one per level, got {len(values)}")
-            if any(v < least for v in values):
-                problems.append(f"{name} must be at least {least}, got {value}")
-        if self.filters is not None and self.strides:
-            halvings = self.strides[-1].bit_length() - 1
-            if len(self.filters) < halvings or any(f < 1 for f in self.filters):
-                problems.append(
-                    f"filters must be at least {halvings} positive numbers for a stride of {self.strides[-1]}"
-                )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    @field_validator("strides")
+    @classmethod
+    def _levels_nest(cls, strides: tuple[int, ...]) -> tuple[int, ...]:
+        if not 1 <= len(strides) <= MAX_LEVELS:
+            raise ValueError(f"must name 1 to {MAX_LEVELS} levels, got {len(strides)}")
+        if any(stride < 2 or stride & (stride - 1) for stride in strides):
+            raise ValueError(f"must be powers of two from 2 up, got {list(strides)}")
+        if any(coarse <= fine for coarse, fine in pairwise(strides)):
+            raise ValueError(f"must fall from coarse to fine, such as [8, 4], got {list(strides)}")
+        return strides
+
+    @field_validator("codebook_size", "code_dim", "commitment")
+    @classmethod
+    def _one_per_level(cls, value: Any, info: ValidationInfo) -> Any:
+        levels = len(info.data.get("strides", ()))  # empty where the strides themselves are wrong
+        if levels and isinstance(value, tuple) and len(value) not in (1, levels):
+            raise ValueError(f"must be one number or {levels}, one per level, got {list(value)}")
+        return value
+
+    @field_validator("filters")
+    @classmethod
+    def _filters_reach_the_stride(cls, value: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        finest = info.data.get("strides", (1,))[-1]
+        halvings = finest.bit_length() - 1
+        if value is not None and len(value) < halvings:
+            raise ValueError(f"must be at least {halvings} numbers for a stride of {finest}, got {list(value)}")
+        return value
 
     def per_level(self, name: Literal["codebook_size", "code_dim", "commitment"]) -> tuple[Any, ...]:
         """The setting ``name`` as one value per level, coarse to fine."""
@@ -208,6 +245,17 @@ class CodecSection(CodecConfig):
 
     training: TrainingSettings
 
+    @field_validator("training")
+    @classmethod
+    def _has_one_player(cls, training: TrainingSettings) -> TrainingSettings:
+        details = [
+            InitErrorDetails(type=PydanticCustomError("unknown_player", hint), loc=("players", name), input={})
+            for name, hint in _unknown_players(training.players, ("model",)).items()
+        ]
+        if details:
+            raise ValidationError.from_exception_data(cls.__name__, details)
+        return training
+
     @property
     def architecture(self) -> CodecConfig:
         """The architecture alone, as it is kept with the weights."""
@@ -217,7 +265,7 @@ class CodecSection(CodecConfig):
 class RunSection(Settings):
     """The group ``run``: what ``vqgen run`` does."""
 
-    priors: tuple[str | dict[str, str], ...] = ("pixelcnn", "transformer")
+    priors: tuple[PriorChoice, ...] = ("pixelcnn", "transformer")
     """Priors to train: a name for every level, or a mapping from level to name."""
     samples: int = Field(64, ge=1)
     """Images in the sample grid."""
@@ -226,8 +274,6 @@ class RunSection(Settings):
 class Config(Settings):
     """All settings of a run."""
 
-    base: str | None = None
-    """Preset that this one starts from."""
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataSettings = DataSettings()
     codec: CodecSection
@@ -235,127 +281,12 @@ class Config(Settings):
     run: RunSection = RunSection()
 
 
-DEFAULTS: dict[str, Any] = {"codec": {"training": {"steps": 10000}}}
-
-
-def presets_folder() -> Path:
-    """Folder of the presets: ``vqgen/configs`` in an installed wheel, ``configs`` in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
-
-
-def preset_summary(name: str) -> str:
-    """What a preset is, from the first comment line of its file."""
-    first = (presets_folder() / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip()
-
-
-def read_layers(name: str) -> dict[str, Any]:
-    """Settings of a preset name or YAML file, merged over its chain of bases and over the defaults.
-
-    Raises:
-        InputError: no such preset or file, or a chain of bases that never ends.
-        ConfigError: the file is not a YAML mapping.
-    """
-    layers: list[dict[str, Any]] = []
-    seen: list[Path] = []
-    pending: str | None = name
-    while pending is not None:
-        path = _preset_path(pending)
-        if path in seen:
-            raise InputError(f"{path}: the chain of 'base' presets never ends.", "Remove one of the 'base' lines.")
-        seen.append(path)
-        layer = read_yaml(path)
-        base = layer.get("base")
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{path}: base: expected the name of a preset, got {base!r}.")
-        layers.append(layer)
-        pending = base
-    merged = DEFAULTS
-    for layer in reversed(layers):
-        merged = merge(merged, layer)
-    return merged
-
-
-def _preset_path(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        if not Path(name).is_file():
-            raise InputError(f"No config file at '{name}'.", "Give a preset name or the path of a YAML file.")
-        return Path(name)
-    path = presets_folder() / f"{name}.yaml"
-    if name not in preset_names():
-        known = ", ".join(preset_names())
-        raise InputError(f"Unknown preset '{name}'.", f"{did_you_mean(name, preset_names())} Known: {known}.".strip())
-    return path
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping with text keys.
-    """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}).") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML ({line}).", "Mend the file.") from error
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{path}: expected a mapping of settings such as 'codec: {{width: 128}}'.")
-    return value
-
-
-def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """``upper`` over ``lower``, mapping by mapping; a budget in ``upper`` removes the budgets of ``lower``."""
-    if any(upper.get(name) is not None for name in BUDGETS):
-        lower = {key: value for key, value in lower.items() if key not in BUDGETS}
-    result = dict(lower)
-    for key, value in upper.items():
-        below = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[key] = merge(below, value) if both else value  # type: ignore[arg-type]
-    return result
-
-
-def parse_set(assignment: str) -> dict[str, Any]:
-    """``"codec.width=64"`` as ``{"codec": {"width": 64}}``; the value is YAML.
-
-    Raises:
-        InputError: not of the form KEY=VALUE, or the value is not YAML.
-    """
-    key, equals, text = assignment.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise InputError(f"--set {assignment}: expected KEY=VALUE.", "For example --set codec.training.steps=600.")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"--set {assignment}: the value is not valid YAML.") from error
-    for part in reversed(parts):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
-
-
-def apply_sets(settings: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """``settings`` with each ``KEY=VALUE`` of ``assignments`` merged over it, in order."""
-    merged = dict(settings)
-    for assignment in assignments:
-        merged = merge(merged, parse_set(assignment))
-    return merged
-
-
 def check(kind: type[S], values: Any, where: str = "") -> tuple[S | None, list[str]]:
-    """``values`` as ``kind``, or None and one line per problem, each led by ``where`` and the key's path."""
+    """``values`` as ``kind``, or None and one line per bad key, each led by ``where`` and the key's path."""
     try:
         return kind.model_validate(values), []
     except ValidationError as error:
-        return None, [_problem(kind, dict(detail), where) for detail in error.errors(include_url=False)]
+        return None, problem_lines(kind, error, where)
 
 
 def build(kind: type[S], values: Any, where: str = "") -> S:
@@ -380,28 +311,25 @@ def raise_problems(problems: Sequence[str], file: str = "") -> None:
     raise ConfigError(f"{len(problems)} bad settings{of}:" + "".join(f"\n  {line}" for line in problems))
 
 
-def _problem(kind: type[BaseModel], detail: dict[str, Any], where: str) -> str:
-    location = [str(part) for part in detail["loc"] if not _is_union_tag(str(part))]
-    key = ".".join(([where] if where else []) + location) or "settings"
-    if detail["type"] == "extra_forbidden":
-        known = _fields_at(kind, location[:-1])
-        return f"{key}: unknown key. {did_you_mean(location[-1], known) or 'Known: ' + ', '.join(known) + '.'}"
-    message = detail["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    shown = detail.get("input")
-    given = (
-        f", got {shown!r}" if not isinstance(shown, dict) and detail["type"] not in ("missing", "value_error") else ""
-    )
-    return f"{key}: {message}{given}"
+def player_problems(training: Mapping[str, Any], players: Sequence[str], where: str = "training") -> list[str]:
+    """What in the training settings ``training`` does not fit a model with ``players``, one line each."""
+    own = training.get("players")
+    unknown = _unknown_players(own, players) if isinstance(own, Mapping) else {}
+    problems = [f"{where}.players.{name}: {hint}" for name, hint in unknown.items()]
+    accumulate = training.get("accumulate", 1)
+    if len(players) > 1 and isinstance(accumulate, int) and accumulate > 1:
+        named = f"the players {' and '.join(players)}"
+        cure = "use a larger batch_size"
+        problems.append(f"{where}.accumulate: must be 1 for a model with {named}, got {accumulate}; {cure}")
+    return problems
 
 
-def _is_union_tag(part: str) -> bool:
-    return part in ("int", "float", "str") or part.startswith(("tuple[", "dict[", "constrained"))
+def _unknown_players(given: Mapping[str, Any], players: Sequence[str]) -> dict[str, str]:
+    known = f"Known: {', '.join(players)}." if players else "This model has none."
+    return {
+        name: f"unknown player. {did_you_mean(str(name), players) or known}" for name in given if name not in players
+    }
 
 
-def _fields_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
-    here: Any = kind
-    for part in location:
-        field = here.model_fields.get(part) if isinstance(here, type) and issubclass(here, BaseModel) else None
-        here = field.annotation if field else None
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+def _holds_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_boolean, value)))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vqgen.config import TrainingSettings
-from vqgen.errors import ConfigError, did_you_mean
+from vqgen.config import TrainingSettings, player_problems, raise_problems
 
 
 def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
@@ -39,15 +38,9 @@ def player_settings(settings: TrainingSettings, players: Sequence[str]) -> dict[
     """The training settings of each player: those of the stage with the player's own over them.
 
     Raises:
-        ConfigError: settings for a player that the model does not have.
+        ConfigError: settings for a player that the model does not have, or accumulation with several players.
     """
-    for name in settings.players:
-        if name not in players:
-            known = ", ".join(players)
-            raise ConfigError(
-                f"training.players.{name}: this model has no such player.",
-                f"{did_you_mean(name, players)} Known: {known}.".strip(),
-            )
+    raise_problems(player_problems(settings.model_dump(), players))
     own = {name: settings.players[name].model_dump(exclude_none=True) for name in settings.players}
     return {name: settings.model_copy(update=own.get(name, {})) for name in players}
 

@@ -18,6 +18,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,15 +142,19 @@ class RunFolder:
         """Every stage that is done, in the order in which they were."""
         return self.read()["stages"] if self.exists else {}
 
+    def command(self, text: str) -> str:
+        """``vqgen <text>`` on this run, as it is to be typed."""
+        return f"vqgen {text} --run {shlex.quote(str(self.path))}"
+
     def require_stage(self, name: str, command: str) -> dict[str, Any]:
         """What `record_stage` noted.
 
         Raises:
-            InputError: the stage is not done; ``command`` does it.
+            InputError: the stage is not done; ``command``, such as ``train-codes``, does it.
         """
         record = self.stage(name)
         if record is None:
-            raise InputError(f"{self.path} has no trained {name} yet.", f"Make it with `{command}`.")
+            raise InputError(f"{self.path} has no {name} yet.", f"Make it with `{self.command(command)}`.")
         return record
 
     def remove_stages(self, names: Sequence[str]) -> None:

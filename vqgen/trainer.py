@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from vqgen.checkpoint import Checkpoint, preserved_random_state, seed_random_state, set_random_state
 from vqgen.config import TrainingSettings
 from vqgen.console import Progress
-from vqgen.errors import ConfigError, InputError
+from vqgen.errors import InputError
 from vqgen.images import save_png
 from vqgen.optimizers import (
     WeightAverage,
@@ -65,12 +65,6 @@ class Trainer:
         validation: Dataset[Any],
         seed: int,
     ) -> None:
-        if settings.accumulate > 1 and len(task.players) > 1:
-            raise ConfigError(
-                f"training.accumulate: must be 1 for a model with the players {' and '.join(task.players)}, "
-                f"got {settings.accumulate}.",
-                "Use a larger batch_size.",
-            )
         self.task = task
         self.settings = settings
         self.accelerator = accelerator

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["codec", "codes", "priors/pixelcnn/top", "priors/pixelcnn/bottom"]
-STAGES += ["priors/transformer/top", "priors/transformer/bottom"]
+PRIORS = ("pixelcnn", "transformer")
+STAGES = ["codec", "codes", *(f"priors/{name}/{level}" for level in ("top", "bottom") for name in PRIORS)]
 
 
 def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
@@ -133,8 +133,9 @@ def test_comparison_has_every_column_and_honest_anchors(finished_run: Path) -> N
     assert rows["uniform", "top"]["bits_per_code"] == pytest.approx(4.0)
     everything = rows["pixelcnn", "all"]
     dims = 16 * 16 * 3
-    decoder = result["provenance"]["decoder_bits_per_dim"]
-    assert everything["bits_per_dim"] == pytest.approx(everything["bits_per_image"] / dims + decoder)
+    decoder, label = (result["provenance"][key] for key in ("decoder_bits_per_dim", "label_bits_per_image"))
+    assert 2.5 < label < 4  # eight classes, about equally frequent
+    assert everything["bits_per_dim"] == pytest.approx((everything["bits_per_image"] + label) / dims + decoder)
     assert everything["bits_per_code"] == pytest.approx(everything["bits_per_image"] / 20)
 
 

@@ -354,3 +354,35 @@ def test_a_section_is_made_of_mappings(knob: type[Knob], section: Any, key: str)
 def test_a_section_of_an_unknown_prior_says_so() -> None:
     [problem] = check_section("transfomer", {})
     assert problem.startswith("priors.transfomer: unknown prior. Did you mean 'transformer'?")
+
+
+def test_players_are_those_of_the_prior(knob: type[Knob]) -> None:
+    section = {
+        "training": {"accumulate": 2, "players": {"modle": {}}},
+        "levels": {"top": {"training": {"players": {"critic": {"clip": 1}}}}},
+    }
+    assert check_section("knob", section) == [
+        "priors.knob.training.players.modle: unknown player. Did you mean 'model'?",
+        "priors.knob.levels.top.training.players.critic: unknown player. Known: model.",
+    ]
+    assert check_section("knob", {"training": {"accumulate": 2, "players": {"model": {"clip": 1}}}}) == []
+    [problem] = check_section("uniform", {"training": {"players": {"model": {}}}})
+    assert problem == "priors.uniform.training.players.model: unknown player. This model has none."
+
+
+def test_a_prior_of_several_players_does_not_accumulate() -> None:
+    register(type("Duel", (Knob,), {"name": "duel", "players": ("maps", "critic")}))
+    assert check_section("duel", {"training": {"players": {"critic": {"clip": 1}}}}) == []
+    [problem] = check_section("duel", {"training": {"accumulate": 2}})
+    assert problem.startswith("priors.duel.training.accumulate: must be 1 for a model with the players maps and critic")
+    [problem] = check_section("duel", {"levels": {"top": {"training": {"accumulate": 4}}}})
+    assert problem.startswith("priors.duel.levels.top.training.accumulate: must be 1")
+    with pytest.raises(ConfigError, match=r"training\.accumulate: must be 1"):
+        prior_settings("duel", {"training": {"accumulate": 2}}, "top")
+
+
+def test_numbers_of_a_prior_are_finite_and_no_booleans(knob: type[Knob]) -> None:
+    assert check_section("knob", {"width": True, "training": {"learning_rate": float("inf")}}) == [
+        "priors.knob.width: true and false are not numbers, got True",
+        "priors.knob.training.learning_rate: input should be a finite number, got inf",
+    ]

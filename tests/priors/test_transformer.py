@@ -291,7 +291,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_settings_that_do_not_fit_are_named() -> None:
     spec = make_spec(2, 2)
     for config, text in (
-        ({"dim": 20, "heads": 8}, "multiple of 2 \\* heads, and at least 4 \\* heads, got dim 20 and heads 8"),
+        ({"dim": 20, "heads": 8}, "multiple of 2 \\* heads and at least 4 \\* heads, got dim 20 and heads 8"),
         ({"heads": 4, "kv_heads": 3}, "multiple of kv_heads, got 4 and 3"),
         ({"heads": 1}, "heads"),
         ({"deepth": 3}, "deepth"),

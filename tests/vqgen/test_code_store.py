@@ -141,6 +141,8 @@ def test_other_folders_are_not_replaced_and_empty_stores_not_written(tmp_path: P
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="not a code store"), CodeWriter(tmp_path / "mine", INFO):
         pass
+    with pytest.raises(InputError, match="not a code store"), CodeWriter(tmp_path / "mine" / "thesis.txt", INFO):
+        pass
     with pytest.raises(InputError, match="No codes"), CodeWriter(tmp_path / "codes", INFO):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,90 @@
+"""Files that get to disk whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from vqgen.errors import InputError
+from vqgen.files import atomic_folder, disk_errors, locked, read_json, write_json, write_text
+
+
+def test_write_text_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep/er/x.txt"
+    write_text(path, "old é\n")
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        self.write_bytes(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"The disk is full: .*x\.txt was not written"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old é\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [math.inf, 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text()) == read_json(tmp_path / "x.json") == {"a": [None, 1.5]}
+    with pytest.raises(InputError, match=r"y\.json is missing"):
+        read_json(tmp_path / "y.json")
+    (tmp_path / "x.json").write_bytes(b"\xff{")
+    with pytest.raises(InputError, match=r"x\.json is damaged"):
+        read_json(tmp_path / "x.json")
+
+
+def test_atomic_folder_replaces_or_leaves(tmp_path: Path) -> None:
+    target = tmp_path / "codes"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert [entry.name for entry in target.iterdir()] == ["b"]
+
+    def fail() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "c").write_text("3")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match="disk is full"):
+        fail()
+    assert [entry.name for entry in target.iterdir()] == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["codes"]
+
+
+def test_disk_errors_of_safetensors_and_permissions(tmp_path: Path) -> None:
+    def fail(error: Exception) -> None:
+        with disk_errors(tmp_path):
+            raise error
+
+    with pytest.raises(InputError, match="disk is full"):
+        fail(SafetensorError("I/O error: No space left on device (os error 28)"))
+    with pytest.raises(InputError, match="forbidden cannot be written"):
+        fail(PermissionError(errno.EACCES, "Permission denied", "forbidden"))
+    with pytest.raises(ValueError, match="other"):
+        fail(ValueError("other"))
+
+
+def test_a_lock_is_held_by_one_process_and_released_with_it(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from vqgen.files import locked\n"
+    script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="Another process is working in"), locked(tmp_path / ".lock"):
+            pass
+        other.kill()
+    with locked(tmp_path / ".lock"):
+        pass
