@@ -59,7 +59,7 @@ def test_records_survive(run: RunFolder) -> None:
     assert stage is not None
     assert (stage["best"], stage["bad"], stage["versions"]) == (0.5, None, versions())
     assert again.require_stage("codec", "vqgen train-codes") == stage
-    with pytest.raises(InputError, match=r"no codes yet\. Make it with `vqgen encode`"):
+    with pytest.raises(InputError, match=r"no codes yet\. Make it with `vqgen encode --run"):
         again.require_stage("codes", "encode")
 
 
