@@ -33,6 +33,7 @@ from priors.base import AutoregressivePrior, PriorSpec, ReplayStepper, Stepper
 from priors.registry import get
 from priors.sampling import Noise, draw
 from priors.transformer import Transformer
+from priors.transformer_step import LibraryStepper
 from vqgen.codes import LevelSpec
 
 PRIORS: dict[str, dict[str, Any]] = {
@@ -43,30 +44,6 @@ CODEBOOK_SIZE = 512
 CHECKED_STEPS = 16
 UNCACHED_CODES = 2048
 """Codes of one image that the uncached way computes in one repeat: the number of passes is this over h * w."""
-
-
-class LibraryStepper:
-    """The transformer's network walked by x-transformers' own cache, as its documentation shows it."""
-
-    def __init__(self, prior: Transformer, batch_size: int) -> None:
-        self.net = prior.net
-        self.start = torch.full((batch_size,), prior.spec.target.codebook_size)
-        self.places = prior.embeds((), None, batch_size)
-        self.cache: Any = None
-        self.position = 0
-
-    def step(self, previous: Tensor | None) -> Tensor:
-        tokens = self.start if previous is None else previous
-        logits, self.cache = self.net(
-            tokens[:, None],
-            sum_embeds=self.places[:, self.position : self.position + 1],
-            return_intermediates=True,
-            cache=self.cache,
-            input_not_include_cache=True,
-        )
-        self.position += 1
-        last: Tensor = logits[:, -1]
-        return last
 
 
 def walk(stepper: Stepper, uniforms: Tensor) -> None:

@@ -35,6 +35,7 @@ _PROVENANCE = {
     "data_fingerprint": "data's fingerprint",
     "codec_fingerprint": "codec's fingerprint",
     "decoder_bits_per_dim": "decoder's share, bits/dim",
+    "label_bits_per_image": "label, bits/image",
     "vqgen": "vqgen",
     "torch": "torch",
     "python": "python",

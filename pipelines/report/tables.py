@@ -298,7 +298,12 @@ def legend(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if any(row.get("bits_per_dim") is not None for row in rows):
         notes.append(("bits/dim", _bits_per_dim(provenance)))
-    notes.append(("training, samples/s", "wall-clock time of training, and images sampled per second."))
+    notes.append(
+        (
+            "training, samples/s",
+            "time of the training steps, evaluations and checkpoints not counted, and images sampled per second.",
+        )
+    )
     notes.extend(
         (column.title, f"{column.meaning}; {column.better}er is better.")
         for column in QUALITY
@@ -308,12 +313,19 @@ def legend(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _bits_per_dim(provenance: Mapping[str, Any]) -> str:
-    share = figure(provenance, "decoder_bits_per_dim")
+    share, label = (figure(provenance, key) for key in ("decoder_bits_per_dim", "label_bits_per_image"))
     pixels = provenance.get("pixels") or ()
     pixels = [pixels] if isinstance(pixels, str) else [str(note) for note in pixels]
     return (
-        "(code bits + decoder bits) / dims, dims being the values of one image (channels x rows x columns). It is "
-        "always an upper bound, as it counts one way only of coding each image: the codes that the encoder picks."
+        f"(code bits + {'label bits + ' if label else ''}decoder bits) / dims, dims being the values of one image "
+        "(channels x rows x columns). It is an upper bound, as it counts one way only of coding each image: the codes "
+        "that the encoder picks."
+        + (
+            f" Code bits are given the image's label; naming the label costs {label:.3f} bits an image, "
+            "which bits/dim counts and bits/code does not."
+            if label
+            else ""
+        )
         + (f" The decoder's share is {share:.3f}, the same for every prior." if share is not None else "")
         + (f" The pixels are those that the codec sees: {'; '.join(pixels)}." if pixels else "")
     )
