@@ -101,8 +101,12 @@ def measure(name: str, size: int, batch_size: int, repeats: int) -> dict[str, An
     }
     if isinstance(prior, Transformer):
         transformer = prior
-        steppers["peer_cached"] = LibraryStepper(transformer, batch_size)
-        ways["peer_cached"] = (1.0, lambda: walk(LibraryStepper(transformer, batch_size), uniforms))
+
+        def library() -> LibraryStepper:
+            return LibraryStepper(transformer.net, CODEBOOK_SIZE, transformer.embeds((), None, batch_size))
+
+        steppers["peer_cached"] = library()
+        ways["peer_cached"] = (1.0, lambda: walk(library(), uniforms))
     check_agreement(steppers, batch_size, positions)
 
     best = dict.fromkeys(ways, float("inf"))
