@@ -73,6 +73,7 @@ def compare(
     codec.to(device)
     levels = [level.name for level in store.info.levels]
     mixes = [{level: mix[level] for level in levels if level in mix} for mix in chosen or every_trained(run, levels)]
+    mixes = [mix for mix in mixes if mix_name(mix) not in BASELINES]  # these are rows of their own
     held_out = read_held_out(run, codec, store, console, images=images, pictures=samples, source=source)
     figures = [Figure("Held-out images", "Images of the test split.", *_pictured(held_out.pictures))]
     rows: list[dict[str, Any]] = []
