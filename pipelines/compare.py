@@ -232,9 +232,9 @@ def _figure(label: str, drawn: Samples, store: CodeStore) -> Figure:
     count = len(drawn.images)
     grid = to_png(sample_grid(drawn.images, drawn.labels, store.info.class_names))
     rate = count / sum(drawn.seconds.values())
-    return Figure(
-        label, f"{count} samples, not selected; {rate:.3g} a second.", grid, f"A grid of {count} samples of {label}."
-    )
+    shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    caption = f"{count} samples, not selected; {shown} a second."
+    return Figure(label, caption, grid, f"A grid of {count} samples of {label}.")
 
 
 def learning_curves(run: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
