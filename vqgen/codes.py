@@ -7,11 +7,9 @@ size, L levels. How code maps are kept on disk is `vqgen.code_store`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     from torch import Tensor
 
 Codes: TypeAlias = "tuple[Tensor, ...]"
