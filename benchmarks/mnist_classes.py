@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.run_all import run_all
+from pipelines.run_codes import open_codes
 from pipelines.sample import SampleRequest, draw_samples, load_priors
 from pipelines.settings import new_run_settings
-from pipelines.train_prior import open_codes
 from vqgen.console import Console
 from vqgen.data import ImageSplit, load_data
 from vqgen.images import to_float

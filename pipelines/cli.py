@@ -8,6 +8,7 @@ right, 130 interrupted.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +31,9 @@ from pipelines.cli_options import (
     again,
     count_option,
     finish,
-    first_process,
-    given_run,
     load_plugins,
     make_console,
+    next_step,
     open_new_run,
     open_run,
     options,
@@ -64,7 +64,7 @@ def call(arguments: Sequence[str]) -> int:
 
     Under a launcher, what is not training is done by the first process alone.
     """
-    if arguments and arguments[0] not in SHARED and not first_process():
+    if arguments and arguments[0] not in SHARED and os.environ.get("RANK", "0") != "0":
         return 0
     try:
         cli.main(list(arguments), prog_name="vqgen", standalone_mode=False, obj=list(arguments))
@@ -77,7 +77,7 @@ def call(arguments: Sequence[str]) -> int:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
+        click.echo(f"Interrupted. {again(arguments) if arguments[0] in SHARED else ''}".rstrip(), err=True)
         return Interrupted.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
@@ -121,8 +121,8 @@ def run_command(
     console = make_console(as_json)
     result = run_all(run, settings, console, overwrite=overwrite, hint=again())
     record_command(run)
-    if not first_process():
-        return
+    if not result:
+        return  # another process of the launcher samples and compares
     if not as_json:
         print_comparison(console, result["comparison"])
         console.result("")
@@ -151,14 +151,14 @@ def train_codes_command(
     load_plugins(plugins)
     run, settings = open_new_run(config, data, run_path, sets, seed, minutes, short_for="codec")
     console = make_console(as_json)
-    record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=again("--resume"))
+    record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=again())
     record_command(run)
     finish(
         console,
         {"run": str(run.path), **record},
         as_json,
         {"codec": run.codec, "codes": run.codes},
-        f"vqgen train-prior --prior transformer{given_run(run_path or config or data, run)}",
+        next_step(run, run_path or config or data),
     )
 
 
@@ -205,18 +205,18 @@ def train_prior_command(
 
     load_plugins(plugins)
     run = open_run(run_path, config)
-    settings = prior_settings_of_run(run, prior, levels, sets, seed=seed, minutes=minutes, resume=resume)
-    console = make_console(as_json)
-    records = train_prior(
-        run, settings, prior, levels, console, resume=resume, overwrite=overwrite, hint=again("--resume")
+    settings = prior_settings_of_run(
+        run, prior, levels, sets, seed=seed, minutes=minutes, resume=resume and not overwrite
     )
+    console = make_console(as_json)
+    records = train_prior(run, settings, prior, levels, console, resume=resume, overwrite=overwrite, hint=again())
     record_command(run)
     finish(
         console,
         {"run": str(run.path), "prior": prior, "levels": records},
         as_json,
         {f"{prior}, {level}": run.prior(prior, level) for level in records},
-        f"vqgen sample{given_run(run_path or config, run)}",
+        next_step(run, run_path or config, plugins),
     )
 
 
@@ -263,7 +263,7 @@ def sample_command(
         console.say("priors: " + ", ".join(f"{level} {chosen}" for level, chosen in request.priors.items()))
     record = sample(run, request, name or request.default_name(), console)
     record_command(run)
-    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path or config, run)}")
+    finish(console, record, as_json, {"grid": record["grid"]}, next_step(run, run_path or config, plugins, "compare"))
 
 
 @cli.command("reconstruct", epilog="Example: vqgen reconstruct -n 8")
@@ -290,7 +290,7 @@ def reconstruct_command(
     if not as_json:
         rows = [[level, f"{f['mse']:.5f}", f"{f['psnr']:.2f}"] for level, f in record["levels"].items()]
         console.table("", ["levels", "mse", "PSNR (dB)"], rows)
-    finish(console, record, as_json, {"grid": record["grid"]}, f"vqgen compare{given_run(run_path or config, run)}")
+    finish(console, record, as_json, {"grid": record["grid"]}, next_step(run, run_path or config))
 
 
 @cli.command("compare", epilog="Example: vqgen compare --prior transformer --prior top=transformer,bottom=pixelcnn")
@@ -333,7 +333,7 @@ def compare_command(
 @options(RUN, RUN_OF_PRESET, JSON)
 def info_command(run_path: str | None, config: str | None, as_json: bool) -> None:
     """What a run holds, and what to do next."""
-    from pipelines.info import info, next_command
+    from pipelines.info import info
 
     run = open_run(run_path, config)
     console = make_console(as_json)
@@ -341,7 +341,7 @@ def info_command(run_path: str | None, config: str | None, as_json: bool) -> Non
     if not as_json:
         console.result(f"{record['run']}: {record['data'] or 'no data yet'}")
         console.table("", ["part", "steps", "minutes", "validation"], record["table"])
-    finish(console, record, as_json, {}, run.command(next_command(run)))
+    finish(console, record, as_json, {}, next_step(run, run_path or config))
 
 
 @cli.command("priors", epilog="Example: vqgen priors --plugin my_prior.py")

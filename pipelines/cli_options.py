@@ -47,8 +47,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 PLUGIN = click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load a prior; repeatable.")
 
 
-def count_option(default: int | None, text: str, name: str = "-n") -> Callable[[F], F]:
-    return click.option(name, "images", type=click.IntRange(1), default=default, show_default=True, help=text)
+def count_option(default: int | None, text: str) -> Callable[[F], F]:
+    return click.option("-n", "images", type=click.IntRange(1), default=default, show_default=True, help=text)
 
 
 def load_plugins(plugins: Sequence[str]) -> None:
@@ -87,32 +87,36 @@ def open_run(run_path: str | None, config: str | None = None) -> RunFolder:
 
 def record_command(run: RunFolder) -> None:
     """Note the command line in the run's record."""
+    from vqgen.console import first_process
+
     if first_process():
         run.record_command(["vqgen", *click.get_current_context().obj])
 
 
-def first_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def make_console(as_json: bool) -> Console:
-    from vqgen.console import Console
+    from vqgen.console import Console, first_process
 
     # Under a launcher every process runs the command; the first one speaks.
     return Console(quiet=as_json, silent=not first_process())
 
 
-def again(*options: str) -> str:
-    """The sentence that says how to go on after an interrupt: the same command line, with ``options``."""
-    typed = [argument for argument in click.get_current_context().obj if argument != "--overwrite"]
-    command = [*typed, *(option for option in options if option not in typed)]
-    return f"Go on with: vqgen {shlex.join(command)}"
+def again(arguments: Sequence[str] | None = None) -> str:
+    """The sentence that says how to go on after an interrupt: the same command line, resumed."""
+    typed = click.get_current_context().obj if arguments is None else arguments
+    kept = [argument for argument in typed if argument != "--overwrite"]
+    resume = [] if kept[0] == "run" or "--resume" in kept else ["--resume"]
+    launcher = "the same launcher and " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"Go on with: {launcher}vqgen {shlex.join([*kept, *resume])}"
 
 
-def given_run(named: str | None, run: RunFolder) -> str:
-    """`` --run DIR`` for the next command, where this one named its run in some way."""
-    return f" --run {shlex.quote(str(run.path))}" if named else ""
+def next_step(run: RunFolder, named: str | None, plugins: Sequence[str] = (), command: str = "") -> str:
+    """The next command as it is to be typed: ``--run`` where this one named its run or there are several."""
+    from pipelines.info import next_command
+
+    several = len(list(run.path.parent.glob("*/run.json"))) > 1
+    text = command or next_command(run)
+    line = run.command(text) if named or several else f"vqgen {text}"
+    return shlex.join([*shlex.split(line), *(part for plugin in plugins for part in ("--plugin", plugin))])
 
 
 def print_comparison(console: Console, result: Any) -> None:

@@ -1,8 +1,8 @@
 """Comparing priors: the same frozen codes, the same held-out images, one unit.
 
-Every figure is of the test split, which nothing before this stage has read. A prior's bits are exact where it has a
-likelihood in closed form, and an upper bound (``<=``) where it estimates one; bits/dim adds the decoder's term and is
-always an upper bound on the bits of the (resized, 8-bit) pixels.
+Every figure is of the test split, which no training and no choice of settings has read. A prior's bits are exact where
+it has a likelihood in closed form, and an upper bound (``<=``) where it estimates one; bits/dim adds the label's bits
+and the decoder's term and is always an upper bound on the bits of the (resized, 8-bit) pixels.
 """
 
 from __future__ import annotations
@@ -74,16 +74,15 @@ def compare(
     levels = [level.name for level in store.info.levels]
     mixes = [{level: mix[level] for level in levels if level in mix} for mix in chosen or every_trained(run, levels)]
     mixes = [mix for mix in mixes if mix_name(mix) not in BASELINES]  # these are rows of their own
+    trained = [load_priors(run, mix, codec) for mix in mixes]  # what cannot be loaded is refused before the work
+    baselines = [[fit_baseline(name, store, level) for level in range(len(levels))] for name in BASELINES]
     held_out = read_held_out(run, codec, store, console, images=images, pictures=samples, source=source)
     figures = [Figure("Held-out images", "Images of the test split.", *_pictured(held_out.pictures))]
     rows: list[dict[str, Any]] = []
     measured: dict[tuple[str, str], Tensor] = {}
-    for mix in [*(dict.fromkeys(levels, name) for name in BASELINES), *mixes]:
+    for priors in [*baselines, *trained]:
+        mix = {prior.spec.target.name: prior.name for prior in priors}
         label = mix_name(mix)
-        if label in BASELINES:
-            priors = [fit_baseline(label, store, level) for level in range(len(levels))]
-        else:
-            priors = load_priors(run, mix, codec)
         for prior in priors:
             prior.to(device)
             key = (prior.name, prior.spec.target.name)
@@ -91,12 +90,12 @@ def compare(
                 measured[key] = code_nats(prior, held_out, levels.index(key[1]), console)
         rows += rows_of(run, label, priors, measured, held_out, codec)
         if len(priors) == len(levels):
-            request = SampleRequest({level: mix[level] for level in levels}, images=samples, seed=seed)
+            request = SampleRequest(mix, images=samples, seed=seed)
             drawn = draw_samples(codec, priors, store, request, console)
             add_speed(rows, label, priors, drawn)
             figures.append(_figure(label, drawn, store))
     result: dict[str, Any] = {
-        "run": run.path.name,
+        "run": run.name,
         "rows": unique_rows(rows),
         "anchors": [],
         "provenance": provenance(run, store, held_out, codec, seed),
@@ -112,7 +111,7 @@ def every_trained(run: RunFolder, levels: Sequence[str]) -> list[dict[str, str]]
     """
     trained = trained_priors(run)
     names = sorted({name for level in levels for name in trained.get(level, {}) if name not in BASELINES})
-    if not names:
+    if not trained:
         raise InputError(
             f"{run.path} has no trained prior to compare.",
             f"Train one with `{run.command('train-prior --prior transformer')}`.",

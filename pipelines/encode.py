@@ -37,7 +37,7 @@ def encode(run: RunFolder, source: str, out: Path, console: Console, batch_size:
     Raises:
         InputError: the run has no codec yet, the source cannot be used, or ``out`` exists.
     """
-    run.require_stage("codec", "train-codes")
+    run.require_stage("codec", "train-codes --resume")
     if out.exists():
         raise InputError(f"{out} already exists.", "Name another folder with --out, or remove that one.")
     codec = HierarchicalVQVAE.from_pretrained(run.codec).to(Accelerator().device)

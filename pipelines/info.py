@@ -1,10 +1,13 @@
-"""What a run holds, read from its run.json alone."""
+"""What a run holds, read from its record."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vqgen.codes import MAX_LEVELS, level_names
 from vqgen.run_folder import RunFolder
+
+LEVELS = level_names(MAX_LEVELS)
 
 
 def info(run: RunFolder) -> dict[str, Any]:
@@ -34,6 +37,10 @@ def next_command(run: RunFolder) -> str:
     stages = run.stages()
     if "codec" not in stages or "codes" not in stages:
         return "train-codes --resume"
-    if not any(stage.startswith("priors/") for stage in stages):
+    trained = [stage.split("/") for stage in stages if stage.startswith("priors/")]
+    missing = [level for level in LEVELS if level in stages["codes"] and level not in {level for *_, level in trained}]
+    if not trained:
         return "train-prior --prior transformer"
+    if missing:
+        return f"train-prior --prior {trained[-1][1]} --level {missing[0]}"
     return "compare" if (run.path / "samples").is_dir() else "sample"

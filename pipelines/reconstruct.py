@@ -36,7 +36,7 @@ def reconstruct(
     if split not in SPLITS:
         hint = f"{did_you_mean(split, SPLITS)} Known: {', '.join(SPLITS)}.".strip()
         raise InputError(f"There is no split '{split}'.", hint)
-    run.require_stage("codec", "train-codes")
+    run.require_stage("codec", "train-codes --resume")
     codec = HierarchicalVQVAE.from_pretrained(run.codec).to(Accelerator().device)
     config = run_settings(run, source=source)
     data = load_data(fitted_to(codec, config.data), config.seed, notify=console.say)
@@ -57,7 +57,6 @@ def reconstruct(
                 "psnr": float(psnr(made, targets).mean()),
             }
     folder = out or run.path / "reconstruct"
-    folder.mkdir(parents=True, exist_ok=True)
     rows = torch.stack(columns, dim=1).flatten(0, 1)
     save_png(folder / "grid.png", image_grid(rows, columns=len(columns), column_names=captions))
     record: dict[str, Any] = {"split": split, "images": len(originals), "levels": figures}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import Any
-
-from accelerate import PartialState
 
 from pipelines.compare import compare
 from pipelines.reconstruct import reconstruct
-from pipelines.sample import SampleRequest, best_priors, sample
+from pipelines.sample import SampleRequest, best_priors, sample, trained_priors
 from pipelines.train_codes import train_codes
 from pipelines.train_prior import train_prior
 from vqgen.codes import level_names
 from vqgen.config import Config
-from vqgen.console import Console
+from vqgen.console import Console, first_process
+from vqgen.errors import ConfigError, DivergedError
 from vqgen.run_folder import RunFolder
 
 
@@ -44,14 +44,15 @@ def run_all(
     mixes = [dict.fromkeys(levels, choice) if isinstance(choice, str) else choice for choice in config.run.priors]
     for level in levels:
         for name in dict.fromkeys(mix[level] for mix in mixes if level in mix):
-            train = partial(train_prior, run, config, name, [level], console)
-            timed(f"{name}, {level}", partial(train, resume=True, keep_finished=True, hint=hint))
-    if not PartialState().is_main_process:
+            timed(f"{name}, {level}", partial(_train, run, config, name, level, console, hint))
+    if not first_process():
         return {}
-    request = SampleRequest(best_priors(run, levels), images=config.run.samples, seed=config.seed)
-    drawn = timed("samples", partial(sample, run, request, "best", console))
-    shown = timed("reconstructions", partial(reconstruct, run, None, "validation", 8, None, console))
-    sized = partial(compare, samples=config.run.samples, seed=config.seed)
+    covered = list(takewhile(trained_priors(run).__contains__, levels))
+    request = SampleRequest(best_priors(run, covered), images=config.run.samples, seed=config.seed)
+    drawn = timed("samples", partial(sample, run, request, "best", console)) if covered else {"grid": None}
+    source = config.data.source
+    shown = timed("reconstructions", partial(reconstruct, run, source, "validation", 8, None, console))
+    sized = partial(compare, samples=config.run.samples, seed=config.seed, source=source)
     compared = timed("comparison", partial(sized, run, mixes, console))
     return {
         "run": str(run.path),
@@ -61,3 +62,11 @@ def run_all(
         "reconstructions": shown["grid"],
         "report": compared["files"]["report.html"],
     }
+
+
+def _train(run: RunFolder, config: Config, name: str, level: str, console: Console, hint: str) -> None:
+    try:
+        train_prior(run, config, name, [level], console, resume=True, keep_finished=True, hint=hint)
+    except (ConfigError, DivergedError) as error:
+        alone = run.command(f"train-prior --prior {name} --level {level} --overwrite")
+        raise type(error)(error.message, f"To redo this prior alone: `{alone}`.") from error

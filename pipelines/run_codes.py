@@ -27,7 +27,7 @@ def open_store(run: RunFolder) -> CodeStore:
         InputError: the run has no codec or no codes yet.
         MismatchError: the codes were made by another codec.
     """
-    run.require_stage("codec", "train-codes")
+    run.require_stage("codec", "train-codes --resume")
     run.require_stage("codes", "train-codes --resume")
     store = CodeStore.load(run.codes)
     if store.info.codec_fingerprint != fingerprint(run.codec):

@@ -6,6 +6,7 @@ batch size, and a level drawn anew leaves the coarser ones as they were.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -53,13 +54,14 @@ class SampleRequest:
         """Name of the samples' folder: priors, seed, and whatever of labels and options is not the default."""
         parts = [_per_level(self.priors), f"{len(self.priors)}-levels", f"seed-{self.seed}"]
         if self.labels:
-            parts.append("label-" + "-".join(map(str, dict.fromkeys(self.labels))))
+            parts.append("label-" + "-".join(map(str, self.labels)))
         for field in fields(SampleOptions):
             given = {level: getattr(options, field.name) for level, options in (self.options or {}).items()}
             changed = {level: value for level, value in given.items() if value != field.default}
             if changed:
                 parts.append(f"{field.name.replace('_', '-')}-{_per_level(changed, len(self.priors))}")
-        return "-".join(parts)[:100]
+        name = "-".join(parts)
+        return name if len(name) <= 100 else f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def sample(run: RunFolder, request: SampleRequest, name: str, console: Console) 
         InputError: a prior that is not trained on a level, a bad label, or a name that is no plain name.
         MismatchError: a prior made for another codec.
     """
+    run.samples(name)  # a name that cannot be one is refused before the work
     codec, store = open_codes(run)
     accelerator = Accelerator()
     priors = load_priors(run, request.priors, codec)
@@ -184,16 +187,17 @@ def best_priors(run: RunFolder, levels: Sequence[str]) -> dict[str, str]:
         if level not in trained:
             raise InputError(
                 f"{run.path} has no trained prior for level '{level}'.",
-                f"Train one with `{run.command('train-prior --prior transformer')}`.",
+                f"Train one with `{run.command(f'train-prior --prior transformer --level {level}')}`.",
             )
         chosen[level] = min(trained[level], key=lambda name: _rank(name, trained[level][name]))
     return chosen
 
 
-def _rank(name: str, record: Mapping[str, Any]) -> tuple[bool, float]:
+def _rank(name: str, record: Mapping[str, Any]) -> tuple[int, float]:
     bits = record["validation"].get("bits_per_code")
-    unknown = name not in registry.names()  # its plug-in is not loaded
-    return unknown or registry.get(name).likelihood != "exact", float("inf") if bits is None or unknown else bits
+    if name not in registry.names() or bits is None:  # its plug-in is not loaded, or nothing was measured
+        return 2, 0.0
+    return int(registry.get(name).likelihood != "exact"), bits
 
 
 def parse_labels(texts: Sequence[str], class_names: Sequence[str]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ is given over it. What a prior was begun with is in its folder's settings.json.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
@@ -52,7 +53,9 @@ def run_settings(run: RunFolder, *, source: str | None = None) -> Config:
 
     The groups of single priors are not checked here: the run may hold a prior whose plug-in is not loaded.
     """
-    config = build(Config, read_yaml(run.config), str(run.config))
+    config, problems = check(Config, read_yaml(run.config))
+    raise_problems(problems, str(run.config))
+    assert config is not None
     if source is None:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
@@ -101,13 +104,23 @@ def prior_settings_of_run(
     file = str(run.config)
     values = stored.model_dump(mode="json", exclude_none=True)
     # Checked first as typed, so that a problem is named by the key that was typed.
-    typed = merged_settings(values, sets, source=None, seed=seed, minutes=minutes, short_for=group, file=file)
+    merged = partial(merged_settings, source=None, file=file, only=name)
+    typed = merged(values, sets, seed=seed, minutes=minutes, short_for=group)
     require_codec_settings(run, stored, typed.model_copy(update={"seed": stored.seed}))
+    if seed is None and typed.seed != stored.seed:
+        seed = typed.seed
+    seed_given = seed is not None
     for level in levels or known:
         here = f"{group}.levels.{level}"
         begun = run.prior(name, level) / "settings.json"
         if resume and begun.is_file():
             saved = read_json(begun)
+            if not isinstance(saved, dict) or not {"seed", "config", "training"} <= set(saved):
+                raise InputError(f"{begun} is damaged.", "Redo the prior with --overwrite.")
+            if seed not in (None, saved["seed"]) and not seed_given:
+                raise InputError(
+                    f"The levels of {name} were begun with different seeds.", "Resume them one by one with --level."
+                )
             seed = saved["seed"] if seed is None else seed
             for key, value in {**saved["config"], "training": saved["training"]}.items():
                 values = merge(values, _nested(f"{here}.{key}", value))
@@ -115,16 +128,19 @@ def prior_settings_of_run(
         if minutes is not None:
             own.append(f"{here}.training.minutes={minutes}")
         values = apply_sets(values, own)
-    return merged_settings(values, (), source=None, seed=seed, minutes=None, short_for=None, file=file)
+    return merged(values, (), seed=seed, minutes=None, short_for=None)
 
 
 def _for_level(assignment: str, group: str, here: str) -> str:
     """An assignment to the prior's group, or a bare one to its training, as one to the level's group ``here``."""
-    key = assignment.partition("=")[0].strip()
-    if key.startswith("training."):
-        return f"{here}.{assignment}"
-    if key.startswith(f"{group}.") and not key.startswith(f"{group}.levels."):
-        return here + assignment.removeprefix(group)
+    key, _, value = assignment.partition("=")
+    key = key.strip()
+    if key == "training" or key.startswith("training."):
+        return f"{here}.{key}={value}"
+    if key == f"{group}.levels" or key.startswith(f"{group}.levels."):
+        return assignment
+    if key == group or key.startswith(f"{group}."):
+        return f"{here}{key.removeprefix(group)}={value}"
     return assignment
 
 
@@ -141,7 +157,7 @@ def training_minutes(config: Config, minutes: float) -> Config:
     values = config.model_dump(mode="json", exclude_none=True)
     groups = ["codec"]
     for name in sorted(names):
-        levels = values["priors"].get(name, {}).get("levels", {})
+        levels = (values["priors"].get(name) or {}).get("levels") or {}
         groups += [f"priors.{name}", *(f"priors.{name}.levels.{level}" for level in levels)]
     return build(Config, apply_sets(values, [f"{group}.training.minutes={minutes}" for group in groups]))
 
@@ -155,8 +171,9 @@ def merged_settings(
     minutes: float | None,
     short_for: str | None,
     file: str,
+    only: str | None = None,
 ) -> Config:
-    """``values`` with the options of a command merged over them, checked.
+    """``values`` with the options of a command merged over them, checked; of the priors, ``only`` this one if given.
 
     ``short_for`` is the group that a bare ``training.X`` means, such as ``codec`` or ``priors.pixelcnn``;
     without it a bare ``training`` is an error.
@@ -169,7 +186,7 @@ def merged_settings(
     if minutes is not None and short_for is not None:
         merged = apply_sets(merged, [f"{short_for}.training.minutes={minutes}"])
     config, problems = check(Config, merged)
-    problems += _prior_problems(merged)
+    problems += _prior_problems(merged, only)
     if problems:
         raise_problems(problems, file)
     assert config is not None
@@ -188,14 +205,18 @@ def _expand(assignment: str, short_for: str | None) -> str:
     return f"{short_for}.{assignment}"
 
 
-def _prior_problems(values: Mapping[str, Any]) -> list[str]:
+def _prior_problems(values: Mapping[str, Any], only: str | None) -> list[str]:
     sections = values.get("priors", {})
     codec = values.get("codec", {})
     strides = codec.get("strides", (8, 4)) if isinstance(codec, Mapping) else (8, 4)
     levels = level_names(len(strides)) if isinstance(strides, Sequence) and 1 <= len(strides) <= 3 else None
     problems = []
     for name, section in sections.items() if isinstance(sections, Mapping) else ():
+        if only not in (None, name):
+            continue  # the run may hold a prior whose plug-in is not loaded
         problems += registry.check_section(str(name), section, levels)
+    if only is not None:
+        return problems
     wanted = values.get("run", {}).get("priors", ()) if isinstance(values.get("run", {}), Mapping) else ()
     for choice in wanted if isinstance(wanted, Sequence) and not isinstance(wanted, str) else ():
         mapping = choice if isinstance(choice, Mapping) else {None: choice}
@@ -224,7 +245,7 @@ def parse_priors(text: str, levels: Sequence[str]) -> dict[str, str]:
     """``"transformer"`` or ``"top=pixelsnail,bottom=pixelcnn"`` as one prior per level.
 
     Raises:
-        InputError: an unknown prior or level, or a level left out.
+        InputError: an unknown prior or level.
     """
     if "=" not in text:
         registry.get(text)

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.encode import encode_splits
+from pipelines.info import next_command
 from pipelines.settings import require_codec_settings, run_settings, save_settings
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.config import Config
-from vqgen.console import Console
+from vqgen.console import Console, first_process
 from vqgen.data import ImageData, ImageSplit, load_data
 from vqgen.errors import InputError, MismatchError
 from vqgen.files import write_json
@@ -96,36 +97,41 @@ def train_codes(
     if (done or begun) and not resume:
         raise InputError(
             f"{run.path} already holds a {'trained' if done else 'half-trained'} codec.",
-            f"Go on with `{run.command('train-prior --prior transformer')}`, name another run with --run, or redo "
-            "everything with --overwrite."
-            if done
-            else "Go on with --resume, or start again with --overwrite.",
+            f"Go on with `{run.command(next_command(run))}`, name another run with --run, or redo everything with "
+            "--overwrite.",
         )
+    finished = bool(done and run.stage("codes"))
+    moved = False
     if done or begun:
-        require_codec_settings(run, run_settings(run), config)
-    if done and run.stage("codes"):
-        console.say(f"{run.path}: the codec is trained and the data encoded; nothing to do.")
-        return done
+        stored = run_settings(run)
+        require_codec_settings(run, stored, config)
+        moved = config.data.source != stored.data.source
+        if finished and not moved:
+            console.say(f"{run.path}: the codec is trained and the data encoded; nothing to do.")
+            return _saved(run, config, stored, done)
     data = load_data(config.data, config.seed, notify=console.say)
     if (done or begun) and run.read()["data"].get("fingerprint") != data.fingerprint:
         raise MismatchError(
             f"The images of '{config.data.source}' are not those that the codec in {run.path} was trained on.",
             "Say where those are with --data, or redo the codec with --overwrite.",
         )
-    if overwrite:
-        remove_all(run, console)
+    if finished:
+        console.say(f"{run.path}: the same images as before, now at {config.data.source}; nothing else to do.")
+        return _saved(run, config, None, done)
     accelerator = make_accelerator(config.codec.training)
+    with preserved_random_state():
+        seed_random_state(config.seed, 0)
+        codec = HierarchicalVQVAE(config.codec.architecture, data.image)
     if done:
         codec = HierarchicalVQVAE.from_pretrained(run.codec).to(accelerator.device)
     else:
+        if overwrite:  # only now that nothing more can be refused
+            remove_all(run, console)
         if accelerator.is_main_process:
             run.create()
             save_settings(run, config)
             notes = {"notes": list(data.notes)}
             run.record_data({"description": data.description, "fingerprint": data.fingerprint, **notes})
-        with preserved_random_state():
-            seed_random_state(config.seed, 0)
-            codec = HierarchicalVQVAE(config.codec.architecture, data.image)
         console.say(describe(codec, data))
         validation = data.splits["validation"]
         result = fit(
@@ -168,13 +174,22 @@ def train_codes(
     return done
 
 
+def _saved(run: RunFolder, config: Config, stored: Config | None, record: dict[str, Any] | None) -> dict[str, Any]:
+    """``record``, after the run's settings were brought up to ``config`` (priors may have changed, or a place)."""
+    if config != stored and first_process():
+        save_settings(run, config)
+    return record or {}
+
+
 def remove_all(run: RunFolder, console: Console) -> None:
     """Remove the codec of a run and all that was made from it, after naming it."""
     parts = dict.fromkeys(["codec", "codes", *run.stages(), "priors", "samples", "reconstruct", "compare"])
+    if not run.exists:
+        return
     present = [part for part in parts if (run.path / part).exists()]
     if present:
         console.say(f"{run.path}: removing {', '.join(present)}.")
-        run.remove_stages(list(parts))
+    run.remove_stages(list(parts))
 
 
 def calibrate(codec: HierarchicalVQVAE, validation: ImageSplit, batch_size: int, console: Console) -> dict[str, float]:

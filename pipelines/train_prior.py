@@ -60,11 +60,11 @@ class PriorTask(Task):
 
     def evaluate(self, batches: Iterable[Mapping[str, Any]], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Mean nats and bits per code; of a prior without a likelihood, the mean loss of its first player."""
-        exact = self.model.likelihood != "none"
+        has_likelihood = self.model.likelihood != "none"
         totals = torch.zeros(2, dtype=torch.float64)
         for number, batch in enumerate(batches):
             codes, context, label = split_batch(batch, self.level)
-            if exact:
+            if has_likelihood:
                 noise = Noise(self._seed, tuple(range(number << 20, (number << 20) + len(codes))), self.level)
                 density = self.model.log_prob(codes, context, label, noise=noise, samples=VALIDATION_SAMPLES)
                 nats = -density.nats.double().sum().item()
@@ -73,7 +73,7 @@ class PriorTask(Task):
             totals += torch.tensor([codes.numel(), nats], dtype=torch.float64)
         count, nats = reduce(totals.float().to(self.model.device)).tolist()
         loss = nats / count
-        return {"loss": loss, "bits_per_code": nats_to_bits(loss)} if exact else {"loss": loss}
+        return {"loss": loss, "bits_per_code": nats_to_bits(loss)} if has_likelihood else {"loss": loss}
 
     def preview(self) -> Image.Image | None:
         return self._preview(self.model)
@@ -123,6 +123,8 @@ def train_prior(
             given = identity_of(name, settings[level], config.seed)
             console.say(f"{name}, {level}: already trained{_kept(record, given, run, keep_finished)}.")
             records[level] = record
+    for level in chosen:  # a precision that this machine has not, or a tracker, is refused before anything is removed
+        make_accelerator(settings[level].training, players=len(registry.get(name).players))
     if overwrite:
         remove_prior(run, name, chosen, console)
     for level in chosen:
@@ -191,10 +193,10 @@ def train_level(
     parameters = sum(p.numel() for p in prior.parameters())
     console.say(f"{name}, {target.name}: {parameters:,} parameters; {len(train):,} code maps")
     record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "parameters": parameters, "validation": {}}
+    if accelerator.is_main_process and not CheckpointStore(folder / "checkpoints", 1).latest():
+        training = settings.training.model_dump(mode="json", exclude_none=True)
+        write_json(folder / "settings.json", {**identity, "training": training})
     if prior.players:
-        if accelerator.is_main_process and not CheckpointStore(folder / "checkpoints", 1).latest():
-            training = settings.training.model_dump(mode="json", exclude_none=True)
-            write_json(folder / "settings.json", {**identity, "training": training})
         result = fit(
             PriorTask(prior, level, seed, lambda model: preview(codec, validation, model, level, seed)),
             train,

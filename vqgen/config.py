@@ -198,7 +198,7 @@ class CodecConfig(Settings):
     codebook: Literal["ema", "gradient"] = "ema"
     """How the codebook is learned."""
     decay: float = Field(0.99, ge=0, lt=1)
-    """Decay of the running counts and sums of an ``ema`` codebook."""
+    """Decay of the running means that move an ``ema`` codebook and say which codes are in use, once it has risen."""
     revival: float = Field(0.1, ge=0)
     """A code used less than this share of the mean use is moved onto a random encoder output; 0 turns it off."""
     level_dropout: float = Field(0.05, ge=0, lt=1)

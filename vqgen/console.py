@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -32,6 +33,11 @@ LINE_EVERY = 10.0
 
 _NUMBER = re.compile(r"(<=|>=|<|>|~)?\s*[-+]?[\d,]*\.?\d+(e[-+]?\d+)?\s*%?(\s*±\s*[\d.]+)?", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:

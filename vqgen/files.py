@@ -130,6 +130,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             named = getattr(error, "filename", None) or path
             raise InputError(f"{named} cannot be written (no permission).", "Choose another folder.") from error
+        if code in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{path} cannot be written ({error}).", "Choose another folder.") from error
         raise
 
 

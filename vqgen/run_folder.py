@@ -8,8 +8,8 @@
       priors/<name>/<level>/             one trained prior each
       samples/<name>/   compare/         what was made from them
 
-A run can be moved or copied: nothing in it holds an absolute path. What is inside the parts is known to those
-that write them.
+A run can be moved or copied: of its own parts it knows only their places within it. Files are written under a temporary
+name and renamed, so that what is there is complete. What is inside the parts is known to those that write them.
 """
 
 from __future__ import annotations
@@ -202,19 +202,19 @@ def find_run(run: str | None, config: str | None = None) -> Path:
         path = Path(run)
         if (path / "run.json").is_file():
             return path
-        hint = did_you_mean(run, [str(other) for other in known]) or f"{first} --run {run}"
+        hint = did_you_mean(run, [str(other) for other in known]) or f"{first} --run {shlex.quote(run)}"
         raise InputError(f"{run} is not a run (it has no run.json)." if path.exists() else f"No run at '{run}'.", hint)
     if config is not None:
         path = run_for(None, config)
         if not (path / "run.json").is_file():
-            raise InputError(f"No run at '{path}'.", f"{first} --config {config}")
+            raise InputError(f"No run at '{path}'.", f"{first} --config {shlex.quote(config)}")
         return path
     if not known:
         raise InputError(f"No run in '{RUNS}{os.sep}'.", f"{first} (or name a run with --run).")
     if len(known) > 1:
         raise InputError(
             f"Several runs in '{RUNS}{os.sep}': {', '.join(path.name for path in known)}.",
-            f"Choose one, such as --run {known[0]}.",
+            f"Choose one, such as --run {shlex.quote(str(known[0]))}.",
         )
     return known[0]
 

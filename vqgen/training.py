@@ -32,7 +32,7 @@ from vqgen.optimizers import learning_rate_at
 from vqgen.sampler import Batch
 from vqgen.task import Task
 from vqgen.trainer import Trainer
-from vqgen.training_log import MetricLog, means, start_tracker
+from vqgen.training_log import MetricLog, means, require_tracker, start_tracker
 from vqgen.training_state import LossReader, State, plain, refuse_differences
 
 __all__ = ["Batch", "FitResult", "Task", "fit", "learning_rate_at", "make_accelerator"]
@@ -56,7 +56,9 @@ def make_accelerator(settings: TrainingSettings, players: int = 1, *, cpu: bool 
 
     Raises:
         ConfigError: this machine cannot compute in that precision.
+        InputError: the package of the tracker is not installed.
     """
+    require_tracker(settings.tracker)
     # Buffers are kept the same on all processes by the modules that own them; DDP's own copying would
     # overwrite what a process has gathered since the last update of a codebook.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=players > 1, broadcast_buffers=False)

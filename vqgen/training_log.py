@@ -81,6 +81,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and {"step", "split", "seconds"} <= set(line)]
 
 
+def require_tracker(name: str) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(f"The tracker '{name}' is not installed.", "pip install 'vqgen[tracking]'")
+
+
 def start_tracker(name: str, folder: Path) -> Any:
     """The Accelerate tracker ``name`` writing below ``folder``, or None for ``none``.
 
@@ -89,8 +99,7 @@ def start_tracker(name: str, folder: Path) -> Any:
     """
     if name == "none":
         return None
-    if importlib.util.find_spec(name) is None:
-        raise InputError(f"The tracker '{name}' is not installed.", "pip install 'vqgen[tracking]'")
+    require_tracker(name)
     from accelerate import tracking
 
     if name == "tensorboard":

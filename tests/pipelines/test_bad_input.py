@@ -17,6 +17,10 @@ from vqgen.codec import HierarchicalVQVAE
 Fails = Callable[..., str]
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -71,11 +75,11 @@ def test_before_there_is_a_run(
     ],
 )
 def test_on_a_finished_run(arguments: list[str], said: list[str], fails: Fails, finished_run: Path) -> None:
-    before = sorted(path for path in finished_run.rglob("*") if path.is_file())
+    before = contents(finished_run)
     message = fails(*arguments, "--run", str(finished_run))
     for part in said:
         assert part in message
-    assert sorted(path for path in finished_run.rglob("*") if path.is_file()) == before
+    assert contents(finished_run) == before
 
 
 def test_all_problems_at_once_with_file_and_key_path(fails: Fails, tmp_path: Path) -> None:
