@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -111,3 +112,27 @@ def test_mirrored_training_images_are_encoded_as_they_are(tmp_path: Path, tiny_c
     (run / "run.json").write_text(json.dumps(record))
     assert cli.call(["train-codes", "--resume", "--run", str(run)]) == 0
     assert CodeStore.load(run / "codes").fingerprint == first
+
+
+@pytest.mark.parametrize("command", [["train-codes"], ["train-prior", "--prior", "pixelcnn"]])
+def test_a_refused_overwrite_removes_nothing(
+    command: list[str], run_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest))
+    before = {path: path.read_bytes() for path in run_copy.rglob("*.safetensors")}
+    arguments = [*command, "--overwrite", "--run", str(run_copy), "--set", "training.tracker=wandb"]
+    assert cli.call(arguments) == 2
+    assert "vqgen[tracking]" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_copy.rglob("*.safetensors")} == before
+
+
+def test_other_images_are_not_taken_for_those_of_a_finished_run(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "others.npy", images)
+    assert cli.call(["run", "--run", str(run_copy), "--data", str(tmp_path / "others.npy")]) == 2
+    assert "are not those" in capsys.readouterr().err
