@@ -101,12 +101,10 @@ def train_codes(
             "--overwrite.",
         )
     finished = bool(done and run.stage("codes"))
-    moved = False
     if done or begun:
         stored = run_settings(run)
         require_codec_settings(run, stored, config)
-        moved = config.data.source != stored.data.source
-        if finished and not moved:
+        if finished and config.data.source == stored.data.source:
             console.say(f"{run.path}: the codec is trained and the data encoded; nothing to do.")
             return _saved(run, config, stored, done)
     data = load_data(config.data, config.seed, notify=console.say)
@@ -119,12 +117,12 @@ def train_codes(
         console.say(f"{run.path}: the same images as before, now at {config.data.source}; nothing else to do.")
         return _saved(run, config, None, done)
     accelerator = make_accelerator(config.codec.training)
-    with preserved_random_state():
-        seed_random_state(config.seed, 0)
-        codec = HierarchicalVQVAE(config.codec.architecture, data.image)
     if done:
         codec = HierarchicalVQVAE.from_pretrained(run.codec).to(accelerator.device)
     else:
+        with preserved_random_state():
+            seed_random_state(config.seed, 0)
+            codec = HierarchicalVQVAE(config.codec.architecture, data.image)
         if overwrite:  # only now that nothing more can be refused
             remove_all(run, console)
         if accelerator.is_main_process:
