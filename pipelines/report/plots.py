@@ -1,56 +1,19 @@
-"""Charts of the comparison, drawn by matplotlib without a display.
-
-SVG charts have a transparent ground and come in a light and a dark variant; PNG charts are opaque, for files that
-are looked at alone. The same figures give the same bytes. Figures are made without pyplot, so that nothing is
-left open and no backend is chosen.
-"""
+"""Charts of the comparison: bits per code, and learning curves. How charts look is `pipelines.report.theme`."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pipelines.report.columns import BASELINES, is_trained
 from pipelines.report.tables import Row, by_bits, figure, levels_of
-
-Format = Literal["svg", "png"]
-
-
-@dataclass(frozen=True)
-class _Theme:
-    """Colours that are readable on one ground."""
-
-    ground: str
-    ink: str
-    muted: str
-    grid: str
-    bar: str
-    best: str
-    on_best: str
-    lines: tuple[str, ...]
-
-
-_LIGHT = _Theme(
-    "#ffffff", "#1f2730", "#5d6873", "#dfe3e8", "#b4c6de", "#2b66ad", "#ffffff",
-    ("#2b66ad", "#c2512f", "#2f8057", "#8455a8", "#a5760a", "#2b808c"),
-)  # fmt: skip
-_DARK = _Theme(
-    "#14181d", "#e4e8ec", "#9aa5b1", "#303841", "#3c5373", "#78aceb", "#10161d",
-    ("#78aceb", "#ee8a68", "#6cc296", "#bd92e0", "#dcb04e", "#66bfcb"),
-)  # fmt: skip
-_DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)))
-_SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+from pipelines.report.theme import DASHES, Format, Theme, layout, quiet, text_label, theme_for, to_bytes
 
 
 def bits_chart(rows: Sequence[Row], *, kind: Format = "svg", dark: bool = False) -> bytes:
@@ -70,25 +33,25 @@ def bits_chart(rows: Sequence[Row], *, kind: Format = "svg", dark: bool = False)
     levels = levels_of(rows)
     if not levels:
         raise ValueError("no row has bits per code")
-    theme = _DARK if dark else _LIGHT
+    theme = theme_for(dark)
     panels = {level: sorted((row for row in rows if row["level"] == level), key=by_bits) for level in levels}
     bars = {level: [row for row in panels[level] if is_trained(row["prior"])] for level in levels}
     inches = [0.62 + _pitch(bars[level]) * max(len(bars[level]), 1) for level in levels]
-    sheet = Figure(figsize=(6.4, sum(inches) + 0.35), layout=_layout(0.2))
+    sheet = Figure(figsize=(6.4, sum(inches) + 0.35), layout=layout(0.2))
     axes = sheet.subplots(len(levels), 1, sharex=True, squeeze=False, height_ratios=inches)[:, 0]
     span = 1.16 * max(_bits(row) for row in rows) or 1.0
     for axis, level in zip(axes, levels, strict=True):
         _bars(axis, bars[level], span, theme)
         _references(axis, [row for row in panels[level] if row["prior"] in BASELINES], span, theme)
-        title = "all levels" if level == "all" else _text(level, 24)
+        title = "all levels" if level == "all" else text_label(level, 24)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=theme.ink, pad=16)
-        _quiet(axis, theme)
+        quiet(axis, theme)
         axis.spines["bottom"].set_visible(False)
         axis.tick_params(axis="x", labelbottom=axis is axes[-1])
         axis.grid(axis="x", color=theme.grid, linewidth=0.8)
     axes[-1].set_xlim(0, span)
     axes[-1].set_xlabel("bits per code (fewer is better)", color=theme.muted, fontsize=9)
-    return _bytes(sheet, kind, theme)
+    return to_bytes(sheet, kind, theme)
 
 
 def _pitch(rows: Sequence[Row]) -> float:
@@ -98,8 +61,8 @@ def _pitch(rows: Sequence[Row]) -> float:
 
 def _label(prior: str) -> str:
     """A prior's name; that of a mix (``top=...,bottom=...``) on several lines."""
-    name = _text(str(prior), 80)
-    return name if len(name) <= 26 else ",\n".join(_text(part, 26) for part in str(prior).split(",")[:3])
+    name = text_label(str(prior), 80)
+    return name if len(name) <= 26 else ",\n".join(text_label(part, 26) for part in str(prior).split(",")[:3])
 
 
 def _bits(row: Row) -> float:
@@ -108,7 +71,7 @@ def _bits(row: Row) -> float:
     return bits
 
 
-def _bars(axis: Axes, rows: Sequence[Row], span: float, theme: _Theme) -> None:
+def _bars(axis: Axes, rows: Sequence[Row], span: float, theme: Theme) -> None:
     best = min((_bits(row) for row in rows), default=None)
     for place, row in enumerate(rows):
         bits, leads = _bits(row), _bits(row) == best
@@ -125,11 +88,11 @@ def _bars(axis: Axes, rows: Sequence[Row], span: float, theme: _Theme) -> None:
     axis.set_ylim(max(len(rows), 1) - 0.42, -0.58)
 
 
-def _references(axis: Axes, rows: Sequence[Row], span: float, theme: _Theme) -> None:
+def _references(axis: Axes, rows: Sequence[Row], span: float, theme: Theme) -> None:
     """Lines of the baselines, their names above the panel: the lower one's to its left, so that they do not meet."""
     for row in rows:
         lower = row is rows[0] and len(rows) > 1 and _bits(row) > 0.2 * span
-        dashes = _DASHES[1] if row["prior"] == "unigram" else _DASHES[0]
+        dashes = DASHES[1] if row["prior"] == "unigram" else DASHES[0]
         axis.axvline(_bits(row), color=theme.muted, linewidth=1.2, linestyle=dashes, zorder=3)
         axis.annotate(
             f"{row['prior']} {_bits(row):.2f}",
@@ -162,36 +125,36 @@ def learning_curves(curves: Sequence[Mapping[str, Any]], *, kind: Format = "svg"
     levels = levels_of(curves)
     if not levels:
         raise ValueError("no curve has a point")
-    theme = _DARK if dark else _LIGHT
+    theme = theme_for(dark)
     names = list(dict.fromkeys(str(curve["prior"]) for curve in curves))
     size, unit = _time_unit(max((second for curve in curves for second, _ in _points(curve, "seconds")), default=0.0))
-    sheet = Figure(figsize=(7.6, 2.35 * len(levels) + 0.45), layout=_layout(0.06))
+    sheet = Figure(figsize=(7.6, 2.35 * len(levels) + 0.45), layout=layout(0.06))
     axes = sheet.subplots(len(levels), 2, sharey="row", squeeze=False)
     for panels, level in zip(axes, levels, strict=True):
         here = [curve for curve in curves if curve["level"] == level]
         for axis, key, scale in zip(panels, ("steps", "seconds"), (1.0, size), strict=True):
             for curve in here:
                 place = names.index(str(curve["prior"]))
-                colour, dashes = theme.lines[place % len(theme.lines)], _DASHES[place // len(theme.lines) % 3]
+                colour, dashes = theme.lines[place % len(theme.lines)], DASHES[place // len(theme.lines) % 3]
                 points = [(at / scale, bits) for at, bits in _points(curve, key)]
                 if points:
                     axis.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.7, zorder=3)
                     axis.plot(*min(points, key=lambda point: point[1]), "o", color=colour, markersize=4.5, zorder=4)
             unigrams = {value for curve in here if (value := figure(curve, "unigram")) is not None}
             for value in sorted(unigrams):
-                axis.axhline(value, color=theme.muted, linewidth=1.1, linestyle=_DASHES[1], zorder=2)
-            _quiet(axis, theme)
+                axis.axhline(value, color=theme.muted, linewidth=1.1, linestyle=DASHES[1], zorder=2)
+            quiet(axis, theme)
             axis.grid(color=theme.grid, linewidth=0.8)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=key == "steps"))
             axis.yaxis.set_major_locator(MaxNLocator(5))
             if key == "steps":
                 axis.xaxis.set_major_formatter("{x:,.0f}")
-        panels[0].set_title(_text(level, 24), loc="left", fontsize=10, fontweight="bold", color=theme.ink)
+        panels[0].set_title(text_label(level, 24), loc="left", fontsize=10, fontweight="bold", color=theme.ink)
         panels[0].set_ylabel("validation bits/code", color=theme.muted, fontsize=9)
     axes[-1, 0].set_xlabel("steps", color=theme.muted, fontsize=9)
     axes[-1, 1].set_xlabel(f"{unit} of training", color=theme.muted, fontsize=9)
     _key(sheet, names, any(figure(curve, "unigram") is not None for curve in curves), theme)
-    return _bytes(sheet, kind, theme)
+    return to_bytes(sheet, kind, theme)
 
 
 def _points(curve: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
@@ -209,14 +172,14 @@ def _time_unit(seconds: float) -> tuple[float, str]:
     return (60.0, "minutes") if seconds < 3 * 3600 else (3600.0, "hours")
 
 
-def _key(sheet: Figure, names: Sequence[str], unigram: bool, theme: _Theme) -> None:
+def _key(sheet: Figure, names: Sequence[str], unigram: bool, theme: Theme) -> None:
     handles = [
-        Line2D([], [], color=theme.lines[place % len(theme.lines)], linestyle=_DASHES[place // len(theme.lines) % 3])
+        Line2D([], [], color=theme.lines[place % len(theme.lines)], linestyle=DASHES[place // len(theme.lines) % 3])
         for place in range(len(names))
     ]
-    labels = [_text(name, 26) for name in names]
+    labels = [text_label(name, 26) for name in names]
     if unigram:
-        handles.append(Line2D([], [], color=theme.muted, linewidth=1.1, linestyle=_DASHES[1]))
+        handles.append(Line2D([], [], color=theme.muted, linewidth=1.1, linestyle=DASHES[1]))
         labels.append("unigram")
     sheet.legend(
         handles,
@@ -230,42 +193,3 @@ def _key(sheet: Figure, names: Sequence[str], unigram: bool, theme: _Theme) -> N
         columnspacing=1.6,
         borderpad=0.2,
     )
-
-
-def _layout(gap: float) -> ConstrainedLayoutEngine:
-    """Panels as large as their labels allow, ``gap`` of a panel's height apart."""
-    return ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, hspace=gap, wspace=0.04)
-
-
-def _quiet(axis: Axes, theme: _Theme) -> None:
-    """No frame, no ticks, muted labels, the grid behind the data."""
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(theme.grid)
-    axis.tick_params(length=0, labelcolor=theme.muted, labelsize=9)
-    axis.tick_params(axis="y", labelcolor=theme.ink)
-    axis.set_axisbelow(True)
-    axis.patch.set_alpha(0)
-
-
-def _text(text: str, most: int) -> str:
-    """``text`` for a label: printable, at most ``most`` characters, its dollar signs no formula."""
-    text = "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in text)
-    if len(text) > most:
-        text = f"{text[: most - 1]}…"
-    return text.replace("$", r"\$")
-
-
-def _bytes(sheet: Figure, kind: Format, theme: _Theme) -> bytes:
-    """The drawing as SVG whose text is text in the reader's own font, or as PNG at twice the screen's resolution."""
-    buffer = io.BytesIO()
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "vqgen"}
-    settings |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"]}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's font may well have it
-        if kind == "png":
-            sheet.savefig(buffer, format="png", dpi=192, facecolor=theme.ground, metadata={"Software": None})
-            return buffer.getvalue()
-        unstamped = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        sheet.savefig(buffer, format="svg", transparent=True, metadata=unstamped)
-    return buffer.getvalue().replace(b"'DejaVu Sans', sans-serif", _SANS.encode())
