@@ -28,8 +28,9 @@ from pipelines.train_codes import train_codes
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
 from vqgen.data import load_data
+from vqgen.feature_distances import frechet_distance
 from vqgen.images import image_grid, save_png, to_float, to_uint8
-from vqgen.metrics import CodeUsage, frechet_distance, mse, psnr
+from vqgen.metrics import CodeUsage, mse, psnr
 from vqgen.run_folder import RunFolder
 
 BATCH = 250

@@ -40,8 +40,9 @@ from priors.sampling import Noise, SampleOptions
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
+from vqgen.feature_distances import frechet_distance
 from vqgen.files import atomic_folder, replacing, write_json
-from vqgen.metrics import frechet_distance, nats_to_bits
+from vqgen.metrics import nats_to_bits
 from vqgen.run_folder import RunFolder
 from vqgen.training import fit, make_accelerator
 

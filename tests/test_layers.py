@@ -39,8 +39,8 @@ def test_the_entry_point_is_the_only_upward_import() -> None:
 LAYERS = (
     {"__init__", "errors", "files", "codes", "problems", "config", "presets"},
     {
-        *("blocks", "code_info", "console", "hub", "images", "interrupts", "losses", "metrics", "optimizers"),
-        *("discriminator", "quantizer", "sampler", "shapes", "splits"),
+        *("blocks", "code_info", "console", "hub", "images", "interrupts", "losses", "memory", "metrics", "optimizers"),
+        *("detection", "discriminator", "feature_distances", "quantizer", "sampler", "shapes", "splits"),
     },
     {
         *("checkpoint", "classifier", "code_store", "code_writer", "codec", "data", "image_split", "rows"),

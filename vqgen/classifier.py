@@ -112,10 +112,18 @@ class ImageClassifier(HubModel):
 
     def features(self, images: Tensor) -> Tensor:
         """What the last layer sees: the last map as it is, (B, F) float."""
-        if images.shape[-2:] != self.read_size:
-            images = F.interpolate(images, self.read_size, mode="area")
-        flat: Tensor = rearrange(self.body(images), "b c h w -> b (c h w)")
+        flat: Tensor = rearrange(self.body(self._sized(images)), "b c h w -> b (c h w)")
         return flat
+
+    def residual_maps(self, images: Tensor) -> list[Tensor]:
+        """What the residual blocks give, finest first: (B, C_i, h_i, w_i) float each."""
+        maps = self._sized(images)
+        found = []
+        for layer in self.body:
+            maps = layer(maps)
+            if isinstance(layer, _Residual):
+                found.append(maps)
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, classes) of images (B, C, H, W) in [-1, 1]."""
@@ -134,3 +142,7 @@ class ImageClassifier(HubModel):
         device = self.head.weight.device
         parts = [self(to_float(part.to(device))).cpu().double() for part in torch.split(images, READ_AT_ONCE)]
         return torch.cat(parts).softmax(1)
+
+    def _sized(self, images: Tensor) -> Tensor:
+        """Images of the size that the network reads."""
+        return images if images.shape[-2:] == self.read_size else F.interpolate(images, self.read_size, mode="area")

@@ -160,6 +160,19 @@ class HierarchicalVQVAE(HubModel):
             maps.append(vector.expand(maps[0].shape[0], self.levels[i].height, self.levels[i].width, -1).movedim(-1, 1))
         return self._render(maps).clamp(-1, 1)
 
+    def encoder_maps(self, images: Tensor) -> list[Tensor]:
+        """What each level's encoder makes of (B, C, H, W) images in [-1, 1], coarse to fine: (B, width, h, w) each.
+
+        That is before a level hears of the coarser ones, and before anything is quantised.
+        """
+        self._check_images(images)
+        features = self._pad(images)
+        per_level: list[Tensor] = []
+        for encoder in reversed(self.encoders):
+            features = encoder(features)
+            per_level.insert(0, features)
+        return per_level
+
     def update(self, step: int) -> dict[str, Tensor]:
         """Move the codebooks after an optimiser step; returns scalars to log, named by level."""
         logged = {}
@@ -170,16 +183,9 @@ class HierarchicalVQVAE(HubModel):
 
     def _quantize(self, images: Tensor) -> list[Quantized]:
         """Every level's vectors and codes, coarse to fine."""
-        self._check_images(images)
-        features = self._pad(images)
-        per_level: list[Tensor] = []
-        for encoder in reversed(self.encoders):
-            features = encoder(features)
-            per_level.insert(0, features)
-
         quantized: list[Quantized] = []
         coarser: list[Tensor] = []  # what the coarser levels tell this one, at this one's size; nothing at first
-        for i, features in enumerate(per_level):
+        for i, features in enumerate(self.encoder_maps(images)):
             z = self.projections[i](torch.cat([features, *coarser], dim=1))
             quantized.append(self.quantizers[i](z))
             if i < len(self.conditioners):

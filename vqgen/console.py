@@ -31,7 +31,7 @@ FIRST_LINE = 2.0
 LINE_EVERY = 10.0
 """Seconds between plain progress lines."""
 
-_NUMBER = re.compile(r"(<=|>=|<|>|~)?\s*[-+]?[\d,]*\.?\d+(e[-+]?\d+)?\s*%?(\s*±\s*[\d.]+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(\*\s*)?(<=|>=|<|>|~)?\s*[-+]?[\d,]*\.?\d+(e[-+]?\d+)?\s*%?(\s*±\s*[\d.]+)?", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -18,7 +18,7 @@ from vqgen.codes import ImageSpec
 from vqgen.config import DataSettings
 from vqgen.errors import InputError
 from vqgen.image_split import Batch, ImageSplit, Notify, Preparation, silent, spread
-from vqgen.images import channels_of, size_of, value_range
+from vqgen.images import ValueRange, channels_of, size_of, value_range
 from vqgen.rows import Rows, first_line
 from vqgen.sources import open_source
 from vqgen.splits import SPLITS, Classes, Indices, carve, choose
@@ -63,6 +63,8 @@ class ImageData:
     same on every machine and under every path; nothing of the test split is in it."""
     notes: tuple[str, ...] = ()
     """What was done to the data, a sentence each."""
+    values: ValueRange | None = None
+    """The numbers that become 0 and 255, where the source has others than 8-bit ones."""
 
     @property
     def description(self) -> str:
@@ -133,6 +135,7 @@ def load_data(
         class_names=names,
         fingerprint=_fingerprint(preparation, names, [every["train"], every["validation"]]),
         notes=tuple(notes),
+        values=preparation.values,
     )
 
 
@@ -182,7 +185,11 @@ def _survey(settings: DataSettings, rows: Rows, train: Indices) -> tuple[Prepara
     if other := next((one for one in found if one[2] != (height, width)), None):
         place, _, (had_height, had_width) = other
         notes.append(f"images are resized to {height}x{width}, such as {rows.name(place)} of {had_height}x{had_width}")
-    return Preparation(ImageSpec(settings.channels or channels, height, width), values), notes
+    wanted = settings.channels or channels
+    if others := sorted({count for _, count, _ in found} - {wanted}):
+        have = f"{' and '.join(map(str, others))} channel{'' if others == [1] else 's'}"
+        notes.append(f"images of {have} get {wanted}")
+    return Preparation(ImageSpec(wanted, height, width), values), notes
 
 
 def _fingerprint(preparation: Preparation, names: tuple[str, ...], splits: Sequence[ImageSplit]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -82,7 +83,8 @@ class HubModel(nn.Module):
             spec = TypeAdapter(kind.Spec).validate_python(saved["spec"])
         except ValidationError as error:
             raise InputError(f"{folder / CONFIG}: 'spec' is damaged ({error.error_count()} bad values).") from error
-        model = kind(config, spec)
+        with torch.random.fork_rng(devices=[]):  # the first weights are drawn, only to be replaced
+            model = kind(config, spec)
         model.load_weights(folder / WEIGHTS)
         model.eval()
         return model  # type: ignore[return-value]

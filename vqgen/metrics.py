@@ -1,4 +1,4 @@
-"""Measures: how codes are used, how near images come, likelihoods in bits, how far apart two sets of features lie.
+"""Measures: how codes are used, how near images come, likelihoods in bits.
 
 Everything here is over a whole split: the use of a codebook in one batch says little about the codebook.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vqgen.errors import InputError
+
+BOOTSTRAP_VALUES = 2**21
+"""Values of the resamples that are held at once."""
 
 
 class CodeUsage:
@@ -32,6 +36,11 @@ class CodeUsage:
             return 0.0
         shares = counts / counts.sum()
         return math.exp(-float(shares @ shares.log()))
+
+    @property
+    def entropy_bits(self) -> float:
+        """Entropy of code use in bits per code: what a code takes where each is coded by how often it occurs."""
+        return math.log2(self.perplexity) if self.perplexity else 0.0
 
     @property
     def dead(self) -> int:
@@ -77,6 +86,78 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
     return -10 * mse(images, targets).log10()
 
 
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
+    """(B,) structural similarity of images as `mse` takes them, the mean over channels; 1 where they are equal.
+
+    Wang et al. 2004, sec. III-B, on the scale of [0, 1], by torchmetrics: a Gaussian window of 11x11 (sigma 1.5),
+    reflected at the borders. Images of fewer than 11 pixels on a side get the largest window that fits into them,
+    its sigma smaller in proportion, so that figures of images of different sizes are then not comparable.
+
+    Raises:
+        InputError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise InputError(
+            "SSIM needs torchmetrics, which is not installed.", "Install it with: pip install 'vqgen[metrics]'"
+        ) from error
+    reach = min(5, (min(images.shape[-2:]) - 1) // 2)  # pixels of the window on either side of its middle
+    sigma = 0.3 * reach if reach else 0.1  # 0.1: a window of one pixel
+    found = structural_similarity_index_measure(
+        _unit(images), _unit(targets), sigma=sigma, data_range=1.0, reduction="none"
+    )
+    assert isinstance(found, Tensor)
+    return found.reshape(-1)
+
+
+class PixelCounts:
+    """How often each of the 256 values occurs in images, counted batch by batch."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(256, dtype=torch.int64)
+
+    def add(self, images: Tensor) -> None:
+        """Count the values of uint8 images of any shape.
+
+        Raises:
+            InputError: the images are not uint8.
+        """
+        if images.dtype != torch.uint8:
+            raise InputError(f"Expected uint8 images, got {images.dtype} of shape {list(images.shape)}.")
+        self.counts += torch.bincount(images.flatten().cpu(), minlength=256)
+
+    @property
+    def variance(self) -> float:
+        """Variance of all values about their one mean on the scale of [0, 1]: the error of showing that mean grey
+        for every image; nan where nothing was counted."""
+        shares = self.counts.double() / self.counts.sum()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        return float(shares @ (values - shares @ values).square())
+
+
+def pixel_variance(images: Tensor) -> float:
+    """`PixelCounts.variance` of uint8 images of any shape.
+
+    Raises:
+        InputError: the images are not uint8.
+    """
+    counted = PixelCounts()
+    counted.add(images)
+    return counted.variance
+
+
+def nmse(mse: float, variance: float) -> float:
+    """Mean squared error over the `pixel_variance` of the same images: 0 is perfect, 1 is the mean grey.
+
+    As the reference code of van den Oord et al. 2017 (arXiv 1711.00937) normalises. Images of one grey have nothing
+    to explain: then any error is infinite, and no error is nan.
+    """
+    if variance > 0:
+        return mse / variance
+    return math.inf if mse > 0 else math.nan
+
+
 def nats_to_bits(nats: float) -> float:
     return nats / math.log(2)
 
@@ -86,36 +167,22 @@ def bits_per_dim(nats_per_image: float, dims: int) -> float:
     return nats_to_bits(nats_per_image) / dims
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of features (N, F) and (M, F), each taken as a Gaussian; at least 0.
+def bootstrap_standard_error(values: Tensor, resamples: int = 1000, seed: int = 0) -> float | None:
+    """Standard error of the mean of ``values`` (N,), from resamples of them; None for fewer than two.
 
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) with the unbiased covariances (Heusel et al. 2017, eq. 6,
-    arXiv 1706.08500), in float64. With S = R^T R, the eigenvalues of S_a S_b are the squared singular values of
-    R_a R_b^T: exact also where there are fewer samples than features, where the root of a near-zero eigenvalue is
-    mostly rounding. Few samples still overstate the distance.
-
-    Raises:
-        InputError: fewer than two samples, features of different widths, or features that are not finite numbers.
+    The standard deviation of the means of ``resamples`` draws of N values with replacement (Efron 1979), by a generator
+    of its own, so that the same values give the same figure.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise InputError(
-            f"Expected two sets of at least two features of the same width, got {list(a.shape)} and {list(b.shape)}."
-        )
-    means, roots = zip(*(_mean_and_root(features) for features in (a, b)), strict=True)
-    shift = (means[0] - means[1]).square().sum()
-    spread = sum(root.square().sum() for root in roots)  # tr(S) = |R|^2
-    shared = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    return max(float(shift + spread - 2 * shared), 0.0)
-
-
-def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(F,) mean and (min(N, F), F) root R of the covariance R^T R, float64 on the CPU."""
-    features = features.detach().cpu().double()
-    if not features.isfinite().all():
-        raise InputError("The features have values that are not finite numbers.")
-    mean = features.mean(dim=0)
-    _, root = torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r")
-    return mean, root
+    if len(values) < 2:
+        return None
+    own = values.detach().cpu().double().numpy()
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(own)])))
+    at_once = max(1, BOOTSTRAP_VALUES // len(own))
+    means = [
+        own[generator.integers(len(own), size=(min(at_once, resamples - done), len(own)), dtype=np.int32)].mean(axis=1)
+        for done in range(0, resamples, at_once)
+    ]
+    return float(np.concatenate(means).std(ddof=1))
 
 
 def _unit(images: Tensor) -> Tensor:

@@ -8,6 +8,8 @@
       priors/<name>/<level>/             one trained prior each
       samples/<name>/   compare/         what was made from them
       diagnose/                          where it fails, in words and pictures
+      evaluate/                          the codec alone: errors, use of its codes, pictures
+      scores/<name>/                     the likelihood of given images
       classifier/                        reads classes in pictures; made when first needed
 
 A run can be moved or copied: of its own parts it knows only their places within it. Files are written under a temporary
@@ -79,6 +81,10 @@ class RunFolder:
     def diagnose(self) -> Path:
         return self.path / "diagnose"
 
+    @property
+    def evaluate(self) -> Path:
+        return self.path / "evaluate"
+
     def prior(self, name: str, level: str) -> Path:
         """Folder of the prior ``name`` of one level."""
         return self.priors / plain_name(name, "prior") / plain_name(level, "level")
@@ -89,6 +95,9 @@ class RunFolder:
 
     def samples(self, name: str) -> Path:
         return self.path / "samples" / plain_name(name, "sample set")
+
+    def scores(self, name: str) -> Path:
+        return self.path / "scores" / plain_name(name, "set of scores")
 
     @property
     def exists(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.random import Generator, Philox, SeedSequence
 
-from vqgen.errors import InputError
+from vqgen.errors import InputError, did_you_mean
 
 Indices = npt.NDArray[np.int64]
 
@@ -41,6 +41,17 @@ _WORDS = {
 def canonical(name: str) -> str | None:
     """Which of the three splits ``name`` means (``"val"``, ``"dev"``, ``"Training"``), or None."""
     return _WORDS.get(name.lower())
+
+
+def check_split(name: str) -> None:
+    """Refuse what is none of the three splits.
+
+    Raises:
+        InputError: naming them, and the nearest.
+    """
+    if name not in SPLITS:
+        hint = f"{did_you_mean(name, SPLITS)} Known: {', '.join(SPLITS)}.".strip()
+        raise InputError(f"There is no split '{name}'.", hint)
 
 
 def in_path(parts: Iterable[str]) -> str | None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 
 import pytest
 import torch
 
 from vqgen.errors import InputError
-from vqgen.metrics import CodeUsage, bits_per_dim, frechet_distance, mse, nats_to_bits, psnr
+from vqgen.metrics import CodeUsage, PixelCounts, bits_per_dim, mse, nats_to_bits, nmse, pixel_variance, psnr, ssim
 
 
 def test_usage_over_a_split_equals_a_brute_force_count() -> None:
@@ -22,13 +23,14 @@ def test_usage_over_a_split_equals_a_brute_force_count() -> None:
     entropy = -sum(n / total * math.log(n / total) for n in counted.values())
     assert usage.counts.tolist() == [counted[code] for code in range(50)]
     assert usage.perplexity == pytest.approx(math.exp(entropy), rel=1e-12)
+    assert usage.entropy_bits == pytest.approx(entropy / math.log(2), rel=1e-12)
     assert usage.dead == 50 - len(counted)
     assert usage.usage == pytest.approx(len(counted) / 50)
 
 
 def test_perplexity_counts_equally_used_codes() -> None:
     usage = CodeUsage(8)
-    assert usage.perplexity == 0
+    assert usage.perplexity == usage.entropy_bits == 0
     assert usage.verdict("top") == "top: no codes counted."
     usage.add(torch.zeros(0, 2, 2, dtype=torch.int64))
     assert usage.perplexity == 0
@@ -74,58 +76,91 @@ def test_bits() -> None:
     assert bits_per_dim(3072 * math.log(256), 3072) == pytest.approx(8)
 
 
-def gaussian_with(mean: torch.Tensor, covariance: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """(count, F) samples whose own mean and covariance are exactly these."""
-    draws = torch.randn(count, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    draws -= draws.mean(dim=0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(draws.T.cov()), draws.T, upper=False).T
-    return white @ torch.linalg.cholesky(covariance).T + mean
+def pictures(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def test_frechet_distance_of_commuting_covariances_is_the_closed_form() -> None:
-    generator = torch.Generator().manual_seed(3)
-    basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))
-    first, second = (torch.rand(6, dtype=torch.float64, generator=generator) + 0.1 for _ in range(2))
-    shift = torch.linspace(-1, 2, 6, dtype=torch.float64)
-    a = gaussian_with(torch.zeros(6, dtype=torch.float64), basis @ first.diag() @ basis.T, 50, seed=0)
-    b = gaussian_with(shift, basis @ second.diag() @ basis.T, 80, seed=1)
-    expected = float(shift.square().sum() + (first.sqrt() - second.sqrt()).square().sum())
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-10)
-
-
-def test_frechet_distance_by_the_eigenvalues_of_the_product() -> None:
-    generator = torch.Generator().manual_seed(4)
-    a = torch.randn(60, 5, generator=generator)
-    b = torch.randn(40, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + 0.3
-    covariances = [features.double().T.cov() for features in (a, b)]
-    shared = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.sqrt().sum()
-    shift = (a.double().mean(0) - b.double().mean(0)).square().sum()
-    expected = shift + covariances[0].trace() + covariances[1].trace() - 2 * shared
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
-
-
-@pytest.mark.parametrize("count", [4, 300])
-def test_frechet_distance_of_few_and_many_samples(count: int) -> None:
-    generator = torch.Generator().manual_seed(5)
-    a, b = torch.randn(count, 32, generator=generator), torch.randn(count + 1, 32, generator=generator)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
-    assert frechet_distance(a, a + 2) == pytest.approx(4 * 32, rel=1e-6)  # a shift, and nothing else
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
-    assert frechet_distance(a, a[torch.randperm(count, generator=generator)]) == pytest.approx(0, abs=1e-11)
-    turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
-    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(frechet_distance(a, b), rel=1e-4)
+def windowed_ssim(a: torch.Tensor, b: torch.Tensor, reach: int, sigma: float) -> float:
+    """SSIM of two (H, W) float64 images on [0, 1], place by place, by the paper's formulas."""
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    bell = torch.exp(-offsets.square() / (2 * sigma**2))
+    window = torch.outer(bell, bell) / bell.sum() ** 2
+    a, b = (
+        torch.nn.functional.pad(image[None, None], (reach,) * 4, mode="reflect" if reach else "constant")[0, 0]
+        for image in (a, b)
+    )
+    found = []
+    for row in range(a.shape[0] - 2 * reach):
+        for column in range(a.shape[1] - 2 * reach):
+            x, y = (image[row : row + 2 * reach + 1, column : column + 2 * reach + 1] for image in (a, b))
+            mx, my = (window * x).sum(), (window * y).sum()
+            vx, vy = (window * (x - mx).square()).sum(), (window * (y - my).square()).sum()
+            both = (window * (x - mx) * (y - my)).sum()
+            top = (2 * mx * my + 0.01**2) * (2 * both + 0.03**2)
+            found.append(top / ((mx**2 + my**2 + 0.01**2) * (vx + vy + 0.03**2)))
+    return float(torch.stack(found).mean())
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "said"),
-    [
-        (torch.zeros(5, 3), torch.zeros(5, 4), "same width"),
-        (torch.zeros(1, 3), torch.zeros(5, 3), "at least two"),
-        (torch.zeros(5), torch.zeros(5), "two sets"),
-        (torch.full((5, 3), math.nan), torch.zeros(5, 3), "not finite"),
-    ],
+    ("side", "reach", "sigma"), [(13, 5, 1.5), (11, 5, 1.5), (10, 4, 1.2), (5, 2, 0.6), (3, 1, 0.3), (1, 0, 0.1)]
 )
-def test_frechet_distance_refuses(a: torch.Tensor, b: torch.Tensor, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        frechet_distance(a, b)
+def test_ssim_by_the_formulas_also_of_images_smaller_than_its_window(side: int, reach: int, sigma: float) -> None:
+    images, targets = pictures((2, 1, side, side + 2), 0), pictures((2, 1, side, side + 2), 1)
+    expected = [
+        windowed_ssim(a[0].double() / 255, b[0].double() / 255, reach, sigma)
+        for a, b in zip(images, targets, strict=True)
+    ]
+    assert ssim(images, targets).tolist() == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_ssim_is_of_each_image_and_the_mean_over_its_channels(channels: int) -> None:
+    images, noise = pictures((5, channels, 16, 12), 0), pictures((5, channels, 16, 12), 1)
+    blurred = (images.float() * 0.8 + noise.float() * 0.2).to(torch.uint8)
+    found = ssim(images, blurred)
+    assert found.shape == (5,)
+    assert ssim(images, images).tolist() == pytest.approx([1] * 5, abs=1e-6)
+    assert (found < 1).all()
+    assert (found > ssim(images, noise)).all()
+    assert ssim(images[2:3], blurred[2:3]).tolist() == pytest.approx([float(found[2])], abs=1e-6)
+    apart = torch.stack([ssim(images[:, c : c + 1], blurred[:, c : c + 1]) for c in range(channels)]).mean(0)
+    assert found.tolist() == pytest.approx(apart.tolist(), abs=1e-6)
+    assert ssim(images.float() / 127.5 - 1, blurred).tolist() == pytest.approx(found.tolist(), abs=1e-5)
+
+
+def test_ssim_is_that_of_torchmetrics() -> None:
+    image_metrics = pytest.importorskip("torchmetrics.image")
+    images, targets = pictures((6, 3, 32, 32), 0), pictures((6, 3, 32, 32), 1)
+    theirs = image_metrics.StructuralSimilarityIndexMeasure(data_range=1.0)(images / 255, targets / 255)
+    assert float(ssim(images, targets).mean()) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_ssim_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(InputError, match="torchmetrics") as caught:
+        ssim(pictures((1, 1, 16, 16), 0), pictures((1, 1, 16, 16), 1))
+    assert "vqgen[metrics]" in str(caught.value)
+
+
+def test_pixel_variance_is_about_one_mean() -> None:
+    images = pictures((7, 3, 5, 4), 0)
+    assert pixel_variance(images) == pytest.approx(float((images.double() / 255).var(unbiased=False)), rel=1e-12)
+    assert pixel_variance(torch.tensor([0, 255], dtype=torch.uint8)) == 0.25
+    assert pixel_variance(torch.full((2, 1, 3, 3), 7, dtype=torch.uint8)) == pytest.approx(0, abs=1e-30)
+    counted = PixelCounts()
+    for batch in images.split(3):
+        counted.add(batch)
+    assert counted.variance == pixel_variance(images)
+    assert math.isnan(PixelCounts().variance)
+    with pytest.raises(InputError, match="uint8"):
+        pixel_variance(torch.zeros(1, 1, 2, 2))
+
+
+def test_nmse_is_one_for_the_mean_grey() -> None:
+    images = pictures((50, 3, 6, 6), 3)
+    grey = (images.double() / 127.5 - 1).mean().float()
+    error = float(mse(grey.expand(images.shape), images).mean())
+    assert nmse(error, pixel_variance(images)) == pytest.approx(1, rel=1e-5)
+    assert nmse(0, 0.1) == 0
+    assert nmse(0.1, 0) == math.inf
+    assert math.isnan(nmse(0, 0))
