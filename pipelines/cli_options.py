@@ -103,8 +103,8 @@ def make_console(as_json: bool) -> Console:
 def again(arguments: Sequence[str] | None = None) -> str:
     """The sentence that says how to go on after an interrupt: the same command line, resumed."""
     typed = click.get_current_context().obj if arguments is None else arguments
-    kept = [argument for argument in typed if argument != "--overwrite"]
-    resume = [] if kept[0] == "run" or "--resume" in kept else ["--resume"]
+    kept = [argument for argument in typed if argument not in ("--overwrite", "--retry")]
+    resume = [] if kept[0] in ("run", "sweep", "compare") or "--resume" in kept else ["--resume"]
     launcher = "the same launcher and " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     return f"Go on with: {launcher}vqgen {shlex.join([*kept, *resume])}"
 
@@ -123,8 +123,9 @@ def print_comparison(console: Console, result: Any) -> None:
     from pipelines.comparison_rows import highlights
     from pipelines.report.tables import summary
 
-    columns, cells = summary(result)
-    console.table("", columns, cells)
+    for title, columns, cells in summary(result):
+        console.table(title, columns, cells)
+        console.result("")
     for sentence in highlights(result["rows"]):
         console.result(sentence)
 

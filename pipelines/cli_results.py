@@ -9,10 +9,13 @@ import click
 from pipelines.cli_options import (
     DATA,
     JSON,
+    MINUTES,
     PLUGIN,
     RUN,
     RUN_OF_PRESET,
     SEED,
+    SET,
+    again,
     count_option,
     finish,
     load_plugins,
@@ -138,13 +141,30 @@ def reconstruct_command(
     finish(console, record, as_json, {"grid": record["grid"]}, next_step(run, run_path or config))
 
 
-@click.command("compare", epilog="Example: vqgen compare --prior transformer --prior top=transformer,bottom=pixelcnn")
+@click.command(
+    "compare",
+    epilog="""\b
+Example: vqgen compare --prior transformer --prior top=transformer,bottom=pixelcnn
+         vqgen compare --train --minutes 5 --prior pixelcnn --prior transformer
+""",
+)
 @options(RUN, RUN_OF_PRESET)
 @click.option(
     "--prior", "priors", multiple=True, metavar="NAME|LEVEL=NAME,...", help="A row each.  [every trained one]"
 )
 @options(count_option(None, "Test images read.  [all]"))
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Images sampled for each row.")
+@click.option("--samples", type=click.IntRange(1), help="Images sampled for each row; 64 are shown.  [1000]")
+@click.option(
+    "--extractor",
+    metavar="NAME",
+    help="What sample quality is measured on: classifier, codec or inception.  [classifier; codec without labels]",
+)
+@click.option(
+    "--cas/--no-cas", default=None, help="Classification accuracy score: trains a classifier a row.  [with labels]"
+)
+@click.option("--no-quality", is_flag=True, help="Measure nothing of the samples.")
+@click.option("--train", is_flag=True, help="First train the priors that are missing, for --minutes each.")
+@options(MINUTES, SET)
 @options(click.option("--data", metavar="SOURCE", help="Where the run's images are now, if they were moved."))
 @options(SEED, PLUGIN, JSON)
 def compare_command(
@@ -152,7 +172,13 @@ def compare_command(
     config: str | None,
     priors: tuple[str, ...],
     images: int | None,
-    samples: int,
+    samples: int | None,
+    extractor: str | None,
+    cas: bool | None,
+    no_quality: bool,
+    train: bool,
+    minutes: float | None,
+    sets: tuple[str, ...],
     data: str | None,
     seed: int | None,
     plugins: tuple[str, ...],
@@ -160,18 +186,27 @@ def compare_command(
 ) -> None:
     """Every trained prior and the baselines: one table, one report."""
     from pipelines.compare import compare
+    from pipelines.comparison_quality import QualityRequest
+    from pipelines.comparison_training import training_request
     from pipelines.run_codes import open_store
     from pipelines.settings import parse_priors
 
     load_plugins(plugins)
+    training = training_request(train, minutes, sets, again())
     run = open_run(run_path, config)
     console = make_console(as_json)
     levels = [level.name for level in open_store(run).info.levels]
     chosen = [parse_priors(text, levels) for text in priors]
-    result = compare(run, chosen, console, images=images, samples=samples, seed=seed or 0, source=data)
+    quality = QualityRequest(samples, extractor, cas, not no_quality)
+    result = compare(
+        run, chosen, console, images=images, quality=quality, training=training, seed=seed or 0, source=data
+    )
+    if training is not None:
+        record_command(run)
     if not as_json:
         print_comparison(console, result)
-    finish(console, result, as_json, {"report": result["files"]["report.html"]}, "")
+    files = {"report": result["files"]["report.html"], "figures": result["files"]["compare.csv"]}
+    finish(console, result, as_json, files, next_step(run, run_path or config, plugins, "diagnose"))
 
 
 @click.command("diagnose", epilog="Example: vqgen diagnose --prior top=transformer,bottom=pixelcnn -n 500")

@@ -1,8 +1,9 @@
 """Codes that no prior drew: what samples of a prior are to be held against.
 
 ``random`` codes are drawn uniformly: what the decoder makes of codes that know nothing of each other. ``neighbour``
-codes are those of held-out images, each replaced by the code whose vector is nearest: what small mistakes in every
-code cost. (Indices have no metric, so a neighbour is one by distance of codebook vectors, not by number.) A prior's
+codes are those of real images, each replaced by the code whose vector is nearest: what small mistakes in every code
+cost. (Indices have no metric, so a neighbour is one by distance of codebook vectors, not by number.) The images are
+held-out ones where they are shown, and training images where figures hold the result against held-out ones. A prior's
 samples should look better than the first and may look worse or better than the second.
 
 Neither has a likelihood: they are sources of samples, not priors.

@@ -3,61 +3,59 @@
 Every figure is of the test split, which no training and no choice of settings has read. A prior's bits are exact where
 it has a likelihood in closed form, and an upper bound (``<=``) where it estimates one; bits/dim adds the label's bits
 and the decoder's term and is always an upper bound on the bits of the (resized, 8-bit) pixels.
+
+This is the stage, read top to bottom; its parts are `pipelines.comparison_training` (what is trained first),
+`pipelines.likelihood` and `pipelines.comparison_rows` (bits and cost), `pipelines.comparison_quality` (samples and
+anchors), `pipelines.comparison_figures` (pictures) and `pipelines.comparison_files` (what is written).
 """
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import vqgen
 from pipelines.code_sources import decoded, neighbour_codes, random_codes
+from pipelines.comparison_figures import Material, comparison_sections
+from pipelines.comparison_files import provenance, write_comparison
+from pipelines.comparison_quality import (
+    SHOWN,
+    QualityRequest,
+    fill_quality,
+    labels_in_turn,
+    measure_quality,
+    plan_quality,
+    quality_provenance,
+    read_reference,
+)
 from pipelines.comparison_rows import (
     LN2,
-    add_speed,
-    highlights,
+    add_cost,
+    code_size,
     learning_curves,
+    reconstruction_figures,
     rows_of,
     source_row,
     unique_rows,
 )
+from pipelines.comparison_training import TrainingRequest, budget_provenance, own_list, train_missing, training_jobs
 from pipelines.likelihood import HeldOut, code_density, read_held_out
+from pipelines.quality.extractors import open_extractor
 from pipelines.report.columns import BASELINES
-from pipelines.report.page import Figure, write_page
-from pipelines.report.plots import bits_chart
-from pipelines.report.tables import by_bits, to_markdown
-from pipelines.run_codes import code_batches, open_codes, prior_spec
-from pipelines.sample import (
-    MOST_CLASS_COLUMNS,
-    SampleRequest,
-    Samples,
-    draw_samples,
-    load_priors,
-    sample_grid,
-    trained_priors,
-)
+from pipelines.run_codes import open_codes
+from pipelines.run_images import run_images
+from pipelines.run_priors import fit_baseline, load_priors, trained_priors
+from pipelines.sample import SampleRequest, Samples, draw_samples
 from priors import registry
 from priors.base import Density, Prior
 from vqgen.code_store import CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
 from vqgen.errors import InputError
-from vqgen.files import write_bytes, write_json, write_text
-from vqgen.images import image_grid, to_png
-from vqgen.metrics import bits_per_dim
+from vqgen.memory import meaning, peak_memory
 from vqgen.run_folder import RunFolder
-
-SIDE_BY_SIDE = 10
-"""Columns of the picture that shows images, reconstructions and samples one above the other."""
-_WIDEST = 2560
 
 
 def compare(
@@ -66,7 +64,8 @@ def compare(
     console: Console,
     *,
     images: int | None = None,
-    samples: int = 64,
+    quality: QualityRequest | None = None,
+    training: TrainingRequest | None = None,
     seed: int = 0,
     source: str | None = None,
 ) -> dict[str, Any]:
@@ -75,51 +74,104 @@ def compare(
     Args:
         chosen: one prior per level for each row; empty: every prior that is trained.
         images: test images measured, evenly spread over the split; None: all.
-        samples: images drawn from each row that covers every level.
-        seed: of the samples.
+        quality: what is measured of samples, and of how many; None: what the run allows.
+        training: priors of ``chosen`` (empty: of the run's own list) that are missing are trained first.
+        seed: of the samples, and of what is drawn to judge them.
         source: where the run's data is now, if it was moved.
 
     Returns:
         What compare.json holds (a flat row per prior and level, and ``all``), and the paths written.
 
     Raises:
-        InputError: no prior is trained, or one of ``chosen`` is not.
+        InputError: no prior is trained, one of ``chosen`` is not, or what is asked for of samples cannot be had.
+        MismatchError: a prior was trained on other codes, or the images are not the run's.
     """
     codec, store = open_codes(run)
     device = Accelerator().device
     codec.to(device)
     levels = [level.name for level in store.info.levels]
-    mixes = [{level: mix[level] for level in levels if level in mix} for mix in chosen or every_trained(run, levels)]
-    mixes = [mix for mix in mixes if mix_name(mix) not in BASELINES]  # these are rows of their own
-    trained = [load_priors(run, mix, codec) for mix in mixes]  # what cannot be loaded is refused before the work
+    plan = plan_quality(quality or QualityRequest(), run, store, images)
+    notices = list(plan.notices)
+    for notice in notices:
+        console.warn(notice)
+    asked = quality.extractor if quality else None
+    extractor = None
+    if training is not None:
+        wanted = chosen or own_list(run, levels)
+        # What cannot be had is refused before any training, the classifier's too.
+        training_jobs(run, wanted, training)
+        run_images(run, store, console, source)
+        if plan.features:
+            extractor = open_extractor(asked, run, codec, console, source=source)
+        notices += train_missing(run, wanted, training, console)
+        chosen = chosen or [*wanted, *every_trained(run, levels)]
+    mixes = {mix_name(mix): mix for mix in _coarse_to_fine(chosen or every_trained(run, levels), levels)}
+    mixes = {name: mix for name, mix in mixes.items() if name not in BASELINES}  # these are rows of their own
+    trained = [load_priors(run, mix, codec) for mix in mixes.values()]  # and so are priors, before any other work
     baselines = [[fit_baseline(name, store, level) for level in range(len(levels))] for name in BASELINES]
-    held_out = read_held_out(run, codec, store, console, images=images, pictures=samples, source=source)
+    if plan.features and extractor is None:
+        extractor = open_extractor(asked, run, codec, console, source=source)
+    shown = min(plan.samples, SHOWN)
+    held_out = read_held_out(run, codec, store, console, images=images, pictures=shown, source=source)
+
     rows: list[dict[str, Any]] = []
     measured: dict[tuple[str, str], Density] = {}
-    drawn_by: dict[str, Samples] = {}
+    by_key: dict[tuple[str, str], Prior] = {}
+    full: dict[str, Mapping[str, str]] = {}
+    drawn: dict[str, Samples] = {}
     for priors in [*baselines, *trained]:
         mix = {prior.spec.target.name: prior.name for prior in priors}
         label = mix_name(mix)
         for prior in priors:
-            prior.to(device)
             key = (prior.name, prior.spec.target.name)
+            by_key.setdefault(key, prior.to(device))
             if prior.likelihood != "none" and key not in measured:
                 measured[key] = code_density(prior, held_out, levels.index(key[1]), console)
         rows += rows_of(run, label, priors, measured, held_out, codec)
         if len(priors) == len(levels):
-            drawn_by[label] = draw_samples(codec, priors, store, SampleRequest(mix, images=samples, seed=seed), console)
-            add_speed(rows, label, priors, drawn_by[label])
+            request = SampleRequest(mix, images=plan.samples, labels=labels_in_turn(store, plan.samples), seed=seed)
+            with peak_memory(device) as memory:
+                drawn[label] = draw_samples(codec, priors, store, request, console, title=f"sampling: {label}")
+            full[label] = mix
+            add_cost(rows, label, priors, drawn[label], memory.peak)
     rows = unique_rows([*rows, *map(source_row, registry.SOURCES)])
-    sources = source_pictures(codec, store, held_out, samples, seed)
-    four_way = side_by_side(codec, store, held_out, sources, drawn_by, rows)
+
+    reference, rests_on = None, None
+    anchors: list[dict[str, Any]] = []
+    if plan.measured:
+        reference = read_reference(plan, extractor, store, held_out, seed)
+        found, anchors, steps = measure_quality(reference, codec, drawn, console)
+        fill_quality(rows, found)
+        rests_on = quality_provenance(reference, steps)
+    material = Material(
+        run=run,
+        codec=codec,
+        store=store,
+        held_out=held_out,
+        seed=seed,
+        mixes=full,
+        priors=by_key,
+        bits={key: -density.nats / LN2 for key, density in measured.items()},
+        drawn=drawn,
+        sources=source_pictures(codec, store, held_out, shown, seed),
+        training=None if reference is None else reference.training,
+    )
     result: dict[str, Any] = {
         "run": run.name,
         "rows": rows,
-        "anchors": [],
-        "provenance": provenance(run, store, held_out, codec, seed),
+        "anchors": anchors,
+        "reconstruction": reconstruction_figures(held_out),
+        "codes": code_size(codec),
+        "provenance": provenance(run, store, held_out, codec, seed)
+        | {"quality": rests_on, "budget": budget_provenance(run, list(mixes.values()))}
+        | {"memory": meaning(device), "notices": notices},
     }
-    figures = [four_way, *grids(store, held_out, sources, drawn_by)]
-    return {**result, "files": write_comparison(run, result, figures, learning_curves(run, rows))}
+    sections = comparison_sections(material, rows, console)
+    return {**result, "files": write_comparison(run, result, sections, learning_curves(run, rows))}
+
+
+def _coarse_to_fine(mixes: Sequence[Mapping[str, str]], levels: Sequence[str]) -> list[dict[str, str]]:
+    return [{level: mix[level] for level in levels if level in mix} for mix in mixes]
 
 
 def every_trained(run: RunFolder, levels: Sequence[str]) -> list[dict[str, str]]:
@@ -144,13 +196,6 @@ def mix_name(mix: Mapping[str, str]) -> str:
     return names.pop() if len(names) == 1 else ",".join(f"{level}={name}" for level, name in mix.items())
 
 
-def fit_baseline(name: str, store: CodeStore, level: int) -> Prior:
-    """A prior without training, counted on the training codes."""
-    prior = registry.get(name)({}, prior_spec(store, level))
-    prior.prepare(code_batches(store.split("train"), level))
-    return prior.eval()
-
-
 def source_pictures(
     codec: HierarchicalVQVAE, store: CodeStore, held_out: HeldOut, count: int, seed: int
 ) -> dict[str, Tensor]:
@@ -161,107 +206,3 @@ def source_pictures(
         "random": random_codes(store.info.levels, seed, count),
     }
     return {source: decoded(codec, found[source]) for source in registry.SOURCES}
-
-
-def side_by_side(
-    codec: HierarchicalVQVAE,
-    store: CodeStore,
-    held_out: HeldOut,
-    sources: Mapping[str, Tensor],
-    drawn_by: Mapping[str, Samples],
-    rows: Sequence[Mapping[str, Any]],
-) -> Figure:
-    """The four-way picture: held-out images, their reconstructions, near codes, random codes, and each learned prior.
-
-    Priors that cover every level stand fewest bits first. Columns are classes where the images' classes are in turn.
-    """
-    ranked = [row["prior"] for row in sorted(rows, key=by_bits) if row["level"] == "all"]
-    learned = [name for name in ranked if name in drawn_by and name not in BASELINES]
-    columns = min(SIDE_BY_SIDE, len(held_out.pictures), max(1, _WIDEST // max(held_out.pictures.shape[-1], 64)))
-    codes = held_out.codes.__getitems__(held_out.pictured[:columns])["codes"]
-    shown = {
-        "test images": held_out.pictures,
-        "reconstructions": decoded(codec, codes),
-        "near codes": sources["neighbour"],
-        "random codes": sources["random"],
-        **{name: drawn_by[name].images for name in learned},
-    }
-    names = []
-    if held_out.picture_labels is not None and len(store.info.class_names) <= MOST_CLASS_COLUMNS:
-        names = [store.info.class_names[label] for label in held_out.picture_labels[:columns].tolist()]
-    pictures = torch.cat([images[:columns] for images in shown.values()])
-    grid = image_grid(pictures, columns=columns, row_names=list(shown), column_names=names)
-    prior = "each learned prior, fewest bits first" if len(learned) > 1 else "the learned prior"
-    caption = (
-        "Rows: held-out images; their reconstructions; the same images with every code replaced by its nearest other "
-        f"one; codes drawn uniformly{f'; {prior}' if learned else ''}. Not selected."
-    )
-    return Figure("Side by side", caption, to_png(grid), f"A grid with the rows {', '.join(shown)}.", wide=True)
-
-
-def grids(
-    store: CodeStore, held_out: HeldOut, sources: Mapping[str, Tensor], drawn_by: Mapping[str, Samples]
-) -> list[Figure]:
-    """A grid of held-out images, of every source of samples and of every prior that covers all levels.
-
-    ``uniform`` has none of its own: its samples are the random codes.
-    """
-    classes = store.info.class_names
-    labels = held_out.picture_labels
-    near = "Codes of the held-out images, each replaced by the nearest other vector of its codebook."
-    captions = {"neighbour": near, "random": "Codes drawn uniformly, as the prior 'uniform' draws them."}
-    found = [_figure("Held-out images", "Images of the test split.", held_out.pictures, labels, classes)]
-    for source, pictures in sources.items():
-        found.append(_figure(source, captions[source], pictures, labels if source == "neighbour" else None, classes))
-    for label, drawn in drawn_by.items():
-        if label != "uniform":
-            rate = len(drawn.images) / sum(drawn.seconds.values())
-            shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-            caption = f"{len(drawn.images)} samples, not selected; {shown} a second."
-            found.append(_figure(label, caption, drawn.images, drawn.labels, classes))
-    return found
-
-
-def _figure(title: str, caption: str, images: Tensor, labels: Tensor | None, classes: Sequence[str]) -> Figure:
-    grid = sample_grid(images, labels, classes)
-    return Figure(title, caption, to_png(grid), f"A grid of {len(images)} pictures: {title}.")
-
-
-def provenance(
-    run: RunFolder, store: CodeStore, held_out: HeldOut, codec: HierarchicalVQVAE, seed: int
-) -> dict[str, Any]:
-    """What the figures rest on."""
-    return {
-        "vqgen": vqgen.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["vqgen", *sys.argv[1:]]),
-        "seed": seed,
-        "split": "test",
-        "images": len(held_out.indices),
-        "images_available": len(held_out.codes),
-        "codec_fingerprint": store.info.codec_fingerprint,
-        "data": run.data_description(),
-        "data_fingerprint": store.info.data_fingerprint,
-        "pixels": list(held_out.notes),
-        "decoder_bits_per_dim": bits_per_dim(float(held_out.decoder_nats.mean()), codec.spec.dims),
-        "label_bits_per_image": float(held_out.label_nats.mean()) / LN2,
-    }
-
-
-def write_comparison(
-    run: RunFolder, result: Mapping[str, Any], figures: Sequence[Figure], curves: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    """Write compare.json, compare.md, report.html and the pictures (the first figure as four_way.png).
-
-    Returns the paths of what is to be looked at.
-    """
-    folder = run.compare
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "compare.json", result)
-    write_text(folder / "compare.md", to_markdown(result))
-    write_bytes(folder / "bits.png", bits_chart(result["rows"], kind="png"))
-    write_bytes(folder / "four_way.png", figures[0].png)
-    write_page(folder / "report.html", result, figures, curves, highlights(result["rows"]))
-    return {name: str(folder / f"{name}") for name in ("report.html", "compare.json", "compare.md", "four_way.png")}

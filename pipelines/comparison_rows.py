@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from math import isfinite, log, sqrt
+from math import isfinite, log, log2
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.likelihood import ESTIMATOR_SAMPLES, HeldOut
-from pipelines.report.columns import BASELINES, QUALITY, is_trained
+from pipelines.report.columns import BASELINES, is_trained
 from pipelines.sample import Samples
 from priors.base import Density, Prior
 from vqgen.codec import HierarchicalVQVAE
-from vqgen.metrics import bits_per_dim
+from vqgen.codes import ImageSpec
+from vqgen.metrics import bits_per_dim, bootstrap_standard_error
 from vqgen.run_folder import RunFolder
 from vqgen.training_log import read_metrics
 
 LN2 = log(2)
 
+QUALITY_KEYS = (
+    *("samples", "frechet", "kid", "kid_standard_error", "precision", "recall", "density", "coverage"),
+    *("cas", "cas_standard_error"),
+)
+"""The figures of sample quality, and the number of images behind them."""
+
 COLUMNS = (
     *("bits_per_code", "likelihood", "estimator_samples", "estimator_standard_error", "effective_samples"),
     *("standard_error", "bits_per_image", "bits_per_dim"),
-    *("parameters", "train_seconds", "train_steps", "samples_per_second"),
-    *(column.key for column in QUALITY),
+    *("bytes_per_image", "bits_per_pixel", "compression_ratio"),
+    *("parameters", "train_seconds", "train_steps", "train_memory", "samples_per_second", "sample_memory"),
+    *QUALITY_KEYS,
 )
 """What a row holds besides its prior and its level."""
 
@@ -54,6 +62,7 @@ def rows_of(
                 "parameters": sum(p.numel() for p in prior.parameters()),
                 "train_seconds": record.get("seconds", 0.0),
                 "train_steps": record.get("steps", 0),
+                "train_memory": record.get("peak_memory"),
             }
         )
     if len(priors) == len(codec.levels):
@@ -63,11 +72,15 @@ def rows_of(
         positions = sum(level.positions for level in codec.levels)
         kinds = {prior.likelihood for prior in priors}
         kind = "none" if "none" in kinds else "bound" if "bound" in kinds else "exact"
+        columns = likelihood_columns(total, positions, kind)
+        peaks = [row["train_memory"] for row in rows]
         rows.append(
             empty_row(label, "all")
-            | likelihood_columns(total, positions, kind)
+            | columns
             | {"bits_per_dim": None if total is None else image_bits_per_dim(-total.nats, held_out, codec)}
+            | compression_columns(columns.get("bits_per_image"), codec.spec)
             | {key: sum(row[key] for row in rows) for key in ("parameters", "train_seconds", "train_steps")}
+            | {"train_memory": max(peaks) if None not in peaks else None}  # the levels are trained one after another
         )
     return rows
 
@@ -84,6 +97,34 @@ def image_bits_per_dim(nats: Tensor, held_out: HeldOut, codec: HierarchicalVQVAE
     return bits_per_dim(float(whole.mean()), codec.spec.dims)
 
 
+def compression_columns(bits: float | None, image: ImageSpec) -> dict[str, float | None]:
+    """What ``bits`` for an image's codes are in bytes, per pixel, and against its raw size of 8 bits a value.
+
+    Bits throughout: the ratio is the raw image's bits over those of its codes, never values over codes.
+    """
+    if bits is None:
+        return dict.fromkeys(("bytes_per_image", "bits_per_pixel", "compression_ratio"))
+    return {
+        "bytes_per_image": bits / 8,
+        "bits_per_pixel": bits / (image.height * image.width),
+        "compression_ratio": 8 * image.dims / bits if bits > 0 else None,
+    }
+
+
+def code_size(codec: HierarchicalVQVAE) -> dict[str, float | None]:
+    """What an image's codes take at log2 K bits each, as the block ``codes`` of compare.json says it."""
+    bits = sum(level.positions * log2(level.codebook_size) for level in codec.levels)
+    columns = compression_columns(bits, codec.spec)
+    ratio = columns.pop("compression_ratio")
+    return {"bits_per_image": bits, **columns, "ratio": ratio}
+
+
+def reconstruction_figures(held_out: HeldOut) -> dict[str, Any]:
+    """Means over the measured images, as the block ``reconstruction`` of compare.json says them; null if unknown."""
+    means = {name: _finite(values.mean()) for name, values in held_out.reconstruction.items()}
+    return {"mse": None, "psnr": None, "ssim": None} | means | {"images": len(held_out.indices)}
+
+
 def empty_row(prior: str, level: str) -> dict[str, Any]:
     """A row with every column of compare.json present and null."""
     return {"prior": prior, "level": level, **dict.fromkeys(COLUMNS)}
@@ -97,8 +138,8 @@ def source_row(source: str) -> dict[str, Any]:
 def likelihood_columns(density: Density | None, positions: int, kind: str) -> dict[str, Any]:
     """Bits per code and image of a density of (B,) images, and how sure they are.
 
-    ``standard_error`` is that of the mean over the images. Of a bound, ``estimator_standard_error`` is what one
-    image's estimate errs by and ``effective_samples`` what its draws are worth, both means over the images.
+    ``standard_error`` is that of the mean over the images, by bootstrap. Of a bound, ``estimator_standard_error`` is
+    what one image's estimate errs by and ``effective_samples`` what its draws are worth, both means over the images.
     """
     if density is None:
         return {"likelihood": kind}
@@ -106,7 +147,7 @@ def likelihood_columns(density: Density | None, positions: int, kind: str) -> di
     columns = {
         "bits_per_code": float(bits.mean()) / positions,
         "bits_per_image": float(bits.mean()),
-        "standard_error": float(bits.std() / positions / sqrt(len(bits))) if len(bits) > 1 else None,
+        "standard_error": bootstrap_standard_error(bits / positions),
         "likelihood": kind,
     }
     if kind == "bound":
@@ -122,8 +163,13 @@ def _finite(value: Tensor) -> float | None:
     return float(value) if isfinite(value) else None
 
 
-def add_speed(rows: Sequence[dict[str, Any]], label: str, priors: Sequence[Prior], drawn: Samples) -> None:
-    """Fill ``samples_per_second``: of each level's prior, and of all levels with the decoder."""
+def add_cost(
+    rows: Sequence[dict[str, Any]], label: str, priors: Sequence[Prior], drawn: Samples, peak: int | None
+) -> None:
+    """Fill ``samples_per_second`` of each level's prior and of all levels with the decoder, and ``sample_memory``.
+
+    ``peak`` are the bytes that drawing ``drawn`` took at most; all levels are drawn together, so only ``all`` has it.
+    """
     count = len(drawn.images)
     seconds = {(prior.name, prior.spec.target.name): drawn.seconds[prior.spec.target.name] for prior in priors}
     seconds[label, "all"] = sum(drawn.seconds.values())
@@ -131,6 +177,8 @@ def add_speed(rows: Sequence[dict[str, Any]], label: str, priors: Sequence[Prior
         taken = seconds.get((row["prior"], row["level"]))
         if taken is not None and row["samples_per_second"] is None:
             row["samples_per_second"] = count / max(taken, 1e-9)
+        if (row["prior"], row["level"]) == (label, "all"):
+            row["sample_memory"] = peak
 
 
 def unique_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -124,6 +124,7 @@ def draw_samples(
     known: Known | None = None,
     known_labels: Tensor | None = None,
     classifier: Reader | None = None,
+    title: str = "sampling",
 ) -> Samples:
     """Codes and pictures of ``request``.
 
@@ -132,13 +133,14 @@ def draw_samples(
         known: what stays of the request's source images, if it has any.
         known_labels: (S,) class of each source image.
         classifier: chooses among the attempts, where ``request.keep_best`` is above 1.
+        title: of the progress shown.
     """
     labels = image_labels(request, len(store.info.class_names), known_labels)
     drawer = Drawer(codec, priors, request, labels, known)
     if request.keep_best > 1:
         drawer.seconds["classifier"] = 0.0
     batches = []
-    with torch.no_grad(), console.progress("sampling", request.images, "images") as progress:
+    with torch.no_grad(), console.progress(title, request.images, "images") as progress:
         for indices in in_batches(request.images, request.batch_size):
             each = len(indices) / request.keep_best
 

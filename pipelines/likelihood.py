@@ -7,7 +7,8 @@ rate is -log p(codes | y); adding -log p(y) makes the sum a bound for the image 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipelines.run_codes import BATCH, code_batches
-from pipelines.settings import run_settings
+from pipelines.diagnosis.codec_figures import images_at_once
+from pipelines.run_codes import code_batches
+from pipelines.run_images import run_images
 from priors.base import Density, Prior
 from priors.sampling import Noise
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
-from vqgen.data import ImageData, load_data
-from vqgen.errors import MismatchError
+from vqgen.data import ImageData
 from vqgen.image_split import spread
 from vqgen.losses import discretized_gaussian_nats
+from vqgen.metrics import mse, psnr, ssim
 from vqgen.run_folder import RunFolder
 
 ESTIMATOR_SAMPLES = 64
@@ -50,24 +52,16 @@ class HeldOut:
     """(B,) float64: -log p(image | its codes)."""
     label_nats: Tensor
     """(B,) float64: -log p(label), from the training labels; 0 where unlabelled."""
-    notes: tuple[str, ...]
-    """What was done to the pixels before they were measured."""
+    reconstruction: Mapping[str, Tensor]
+    """(B,) float64 each, of what the decoder makes of all codes: ``mse``, ``psnr``, and ``ssim`` where torchmetrics is
+    installed (`vqgen.metrics`)."""
+    data: ImageData
+    """The run's images, of which these are some."""
 
-
-def run_images(run: RunFolder, store: CodeStore, console: Console, source: str | None = None) -> ImageData:
-    """The images that the codes of a run were made from; ``source`` is where they are now, if they were moved.
-
-    Raises:
-        MismatchError: the data are other images.
-    """
-    config = run_settings(run, source=source)
-    data = load_data(config.data, config.seed, notify=console.say)
-    if data.fingerprint != store.info.data_fingerprint or len(data.splits["test"]) != store.info.splits["test"]:
-        raise MismatchError(
-            f"The images of '{config.data.source}' are not the ones the codes of {run.path} were made from.",
-            f"Say where those are with --data, or redo the run with `{run.command('train-codes --overwrite')}`.",
-        )
-    return data
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the pixels before they were measured."""
+        return self.data.notes
 
 
 def read_held_out(
@@ -80,7 +74,7 @@ def read_held_out(
     pictures: int = 64,
     source: str | None = None,
 ) -> HeldOut:
-    """``images`` test images (None: all) of a run, with the decoder's and the label's terms of their likelihood.
+    """``images`` test images (None: all) of a run: the two terms of their likelihood that are not a prior's, and more.
 
     ``source`` is where the data is now, if it was moved.
 
@@ -95,15 +89,27 @@ def read_held_out(
     device = next(codec.parameters()).device
     scale = codec.decoder_scale.cpu()
     nats = []
+    step = images_at_once(codec)
+    measures = {"mse": mse, "psnr": psnr, **({"ssim": ssim} if has_torchmetrics() else {})}
+    found: dict[str, list[Tensor]] = {name: [] for name in measures}
     with torch.no_grad(), console.progress("decoder's likelihood", len(indices), "images") as progress:
-        for start in range(0, len(indices), BATCH):
-            span = indices[start : start + BATCH]
+        for start in range(0, len(indices), step):
+            span = indices[start : start + step]
             batch = data.splits["test"].__getitems__(span)["images"]
             codes = tuple(level.to(device) for level in test.__getitems__(span)["codes"])
-            nats.append(discretized_gaussian_nats(batch, codec.decode(codes).cpu(), scale))
+            made = codec.decode(codes).cpu()
+            nats.append(discretized_gaussian_nats(batch, made, scale))
+            for name, measure in measures.items():
+                found[name].append(measure(made, batch).double())
             progress.advance(len(batch))
     measured = torch.cat(nats), label_nats(store, indices)
-    return HeldOut(test, indices, pictured, shown, picture_labels, *measured, data.notes)
+    reconstruction = {name: torch.cat(parts) for name, parts in found.items()}
+    return HeldOut(test, indices, pictured, shown, picture_labels, *measured, reconstruction, data)
+
+
+def has_torchmetrics() -> bool:
+    """Whether torchmetrics, of the extra ``metrics``, is installed; imports nothing."""
+    return importlib.util.find_spec("torchmetrics") is not None
 
 
 def classes_in_turn(

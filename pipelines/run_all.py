@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from pipelines.compare import compare
+from pipelines.comparison_quality import QualityRequest
 from pipelines.reconstruct import reconstruct
 from pipelines.sample import SampleRequest, best_priors, sample, trained_priors
 from pipelines.train_codes import train_codes
@@ -18,6 +19,10 @@ from vqgen.config import Config
 from vqgen.console import Console, first_process
 from vqgen.errors import ConfigError, DivergedError
 from vqgen.run_folder import RunFolder
+
+COMPARED = 500
+"""Samples of each row that the comparison at the end measures: fewer than `vqgen compare` takes, which may be asked
+for more, and for the classification accuracy score, at any time."""
 
 
 def run_all(
@@ -52,7 +57,8 @@ def run_all(
     drawn = timed("samples", partial(sample, run, request, "best", console)) if covered else {"grid": None}
     source = config.data.source
     shown = timed("reconstructions", partial(reconstruct, run, source, "validation", 8, None, console))
-    sized = partial(compare, samples=config.run.samples, seed=config.seed, source=source)
+    quality = QualityRequest(samples=max(config.run.samples, COMPARED), cas=False)
+    sized = partial(compare, quality=quality, seed=config.seed, source=source)
     compared = timed("comparison", partial(sized, run, mixes, console))
     return {
         "run": str(run.path),

@@ -27,6 +27,7 @@ from vqgen.hub import fingerprint
 from vqgen.image_split import spread
 from vqgen.images import to_float
 from vqgen.losses import discretized_gaussian_nats, fit_scale
+from vqgen.memory import peak_memory
 from vqgen.metrics import bits_per_dim
 from vqgen.run_folder import RunFolder
 from vqgen.training import fit, make_accelerator
@@ -84,29 +85,31 @@ def train_codes(
         if accelerator.is_main_process:
             run.create()
             save_settings(run, config)
-            notes = {"notes": list(data.notes)}
+            notes = {"notes": list(data.notes), "values": None if data.values is None else list(data.values)}
             run.record_data({"description": data.description, "fingerprint": data.fingerprint, **notes})
         console.say(describe(codec, data))
         validation = data.splits["validation"]
-        result = fit(
-            task,
-            data.splits["train"],
-            validation,
-            config.codec.training,
-            run.codec,
-            seed=config.seed,
-            identity=identity_of(config, data),
-            accelerator=accelerator,
-            console=console,
-            resume=resume,
-            resume_hint=hint,
-            description="codec",
-        )
+        with peak_memory(accelerator.device) as memory:
+            result = fit(
+                task,
+                data.splits["train"],
+                validation,
+                config.codec.training,
+                run.codec,
+                seed=config.seed,
+                identity=identity_of(config, data),
+                accelerator=accelerator,
+                console=console,
+                resume=resume,
+                resume_hint=hint,
+                description="codec",
+            )
         codec.to(accelerator.device).eval()
         figures = calibrate(codec, validation, config.codec.training.batch_size, console)
         done = {
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
+            "peak_memory": memory.peak,
             "parameters": sum(p.numel() for p in codec.parameters()),
             "validation": {**result.best, **figures},
         }
@@ -155,7 +158,7 @@ def identity_of(config: Config, data: ImageData) -> dict[str, Any]:
 
 def remove_all(run: RunFolder, console: Console) -> None:
     """Remove the codec of a run and all that was made from it, after naming it."""
-    made = ["priors", "classifier", "samples", "reconstruct", "compare", "diagnose"]
+    made = ["priors", "classifier", "samples", "reconstruct", "compare", "diagnose", "evaluate", "scores"]
     parts = dict.fromkeys(["codec", "codes", *run.stages(), *made])
     if not run.exists:
         return

@@ -29,6 +29,7 @@ from vqgen.errors import ConfigError, InputError
 from vqgen.files import write_json
 from vqgen.hub import fingerprint
 from vqgen.images import image_grid, to_uint8
+from vqgen.memory import peak_memory
 from vqgen.metrics import nats_to_bits
 from vqgen.run_folder import RunFolder
 from vqgen.training import Task, fit, make_accelerator
@@ -192,9 +193,9 @@ def _kept(record: Mapping[str, Any], given: Mapping[str, Any], run: RunFolder, k
 
 
 def remove_prior(run: RunFolder, name: str, levels: Sequence[str], console: Console) -> None:
-    """Remove a prior of some levels, and the samples, comparison and diagnosis made with it, after naming them."""
+    """Remove a prior of some levels, and samples, scores, comparison and diagnosis made with it, after naming them."""
     doomed = [run.prior_stage(name, level) for level in levels]
-    for path in sorted(run.path.glob("samples/*/sample.json")):
+    for path in sorted([*run.path.glob("samples/*/sample.json"), *run.path.glob("scores/*/scores.json")]):
         try:
             used = json.loads(path.read_text(encoding="utf-8"))["priors"]
             made_with_it = any(level in levels and prior["name"] == name for level, prior in used.items())
@@ -235,21 +236,23 @@ def train_level(
         begun = {**identity, "config": settings.config.model_dump(mode="json"), "training": training}
         write_json(folder / "settings.json", begun)
     if prior.players:
-        result = fit(
-            PriorTask(prior, level, seed, lambda model: preview(codec, validation, model, level, seed)),
-            train,
-            validation,
-            settings.training,
-            folder,
-            seed=seed,
-            identity={**identity, "codes": store.fingerprint},
-            accelerator=accelerator,
-            console=console,
-            resume=resume,
-            resume_hint=hint,
-            description=f"{name}, {target.name}",
-        )
+        with peak_memory(accelerator.device) as memory:
+            result = fit(
+                PriorTask(prior, level, seed, lambda model: preview(codec, validation, model, level, seed)),
+                train,
+                validation,
+                settings.training,
+                folder,
+                seed=seed,
+                identity={**identity, "codes": store.fingerprint},
+                accelerator=accelerator,
+                console=console,
+                resume=resume,
+                resume_hint=hint,
+                description=f"{name}, {target.name}",
+            )
         record |= {"steps": result.steps, "seconds": round(result.seconds, 2), "validation": result.best}
+        record["peak_memory"] = memory.peak
     prior.eval()
     prior.calibrate(code_batches(validation, level, device=prior.device))
     if accelerator.is_main_process:

@@ -24,6 +24,8 @@ from vqgen.metrics import CodeUsage, mse, psnr
 
 PIXELS_AT_ONCE = 2**22
 """Values of images that are decoded in one go."""
+MOST_PSNR = 99.0
+"""dB that count for a picture that comes back as it was, whose PSNR is infinite."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def measure_codec(
         images = to_float(originals)
         made = codec.decode(codes)
         add("mse", mse(made, images))
-        add("psnr", psnr(made, images).clamp(max=99))
+        add("psnr", psnr(made, images).clamp(max=MOST_PSNR))
         add("mean", mse(mean_image.expand_as(images), images))
         add("flat", mse(images.mean((2, 3), keepdim=True).expand_as(images), images))
         add("edges", edges(images))
@@ -163,13 +165,18 @@ def edges(images: Tensor) -> Tensor:
     return (down + right) / images[0].numel()
 
 
+def images_at_once(codec: HierarchicalVQVAE) -> int:
+    """Images that are encoded and decoded in one go."""
+    return max(1, min(128, PIXELS_AT_ONCE // codec.spec.dims))
+
+
 def pairs(
     images: ImageSplit, codes: CodeSplit, indices: Sequence[int], codec: HierarchicalVQVAE
 ) -> Iterator[tuple[Tensor, Codes]]:
     """Images (B, C, H, W) uint8, not mirrored, and their codes, on the codec's device."""
     device = next(codec.parameters()).device
     images.set_epoch(None)
-    step = max(1, min(128, PIXELS_AT_ONCE // codec.spec.dims))
+    step = images_at_once(codec)
     for start in range(0, len(indices), step):
         span = indices[start : start + step]
         shown = images.__getitems__(span)["images"].to(device)

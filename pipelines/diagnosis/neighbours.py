@@ -7,7 +7,7 @@ the variance of its training codes. Two unrelated images are about 1 apart, the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,8 +87,11 @@ class Distances:
         flat = rearrange(self.books[level][codes], "b h w d -> b (h w d)")
         return flat / scale**0.5 if scale > 0 else torch.zeros_like(flat)
 
-    def nearest(self, queries: Codes) -> dict[int | None, Nearest]:
-        """The nearest training image of each of Q maps by each level alone, and (under None) by all together."""
+    def nearest(self, queries: Codes, advance: Callable[[float], None] | None = None) -> dict[int | None, Nearest]:
+        """The nearest training image of each of Q maps by each level alone, and (under None) by all together.
+
+        ``advance`` is told how many training images have been searched since it was told last.
+        """
         own = [self.vectors(codes, level) for level, codes in enumerate(queries)]
         best: dict[int | None, tuple[Tensor, Tensor]] = {}
         step = max(1, AT_ONCE // sum(vectors.shape[1] for vectors in own))
@@ -106,6 +109,8 @@ class Distances:
                     nearer = least < kept
                     least, index = torch.where(nearer, least, kept), torch.where(nearer, index, kept_index)
                 best[scope] = (least, index)
+            if advance is not None:
+                advance(len(span))
         return {scope: Nearest(distance.sqrt(), index) for scope, (distance, index) in best.items()}
 
     def variety(self, maps: Codes) -> float:

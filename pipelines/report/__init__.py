@@ -1,1 +1,1 @@
-"""How a comparison is shown: `tables` for the terminal and Markdown, `plots` for charts, `page` for the HTML report."""
+"""How a comparison is shown: `tables` for the terminal and Markdown, charts and pictures, and `page` for all of it."""

@@ -1,15 +1,19 @@
 """The vocabulary of the comparison: its baselines and sample sources, and its columns with their titles and formats.
 
-What the lines are and which of them is best is `pipelines.report.tables`.
+What the lines are and which of them is best is `pipelines.report.tables`, what they mean `pipelines.report.legend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from priors.registry import SOURCES
+
+Row = Mapping[str, Any]
+"""A row of compare.json."""
 
 BASELINES = ("uniform", "unigram")
 """Priors without training that set the scale of a likelihood."""
@@ -24,6 +28,8 @@ class Column:
     write: Callable[[Any], str]
     better: Literal["low", "high"] | None = None
     meaning: str = ""
+    error: str | None = None
+    """The column that holds its standard error."""
 
 
 def _fixed(digits: int) -> Callable[[float], str]:
@@ -50,44 +56,96 @@ def _seconds(value: float) -> str:
     return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"
 
 
+def _bytes(value: float) -> str:
+    """Memory in decimal units: 812 B, 81.2 kB, 1.25 GB."""
+    text = _count(value)
+    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"
+
+
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
-BITS = Column("bits_per_code", "bits/code", _fixed(3), "low")
+BITS = Column("bits_per_code", "bits/code", _fixed(3), "low", error="standard_error")
+BITS_PER_IMAGE = Column("bits_per_image", "bits/image", _fixed(1), "low")
 DIM = Column("bits_per_dim", "bits/dim", _fixed(3), "low")
-_SIZE = (
-    Column("parameters", "parameters", _count),
-    Column("train_seconds", "training", _seconds),
-)
-_STEPS = Column("train_steps", "steps", _fixed(0))
-_SPEED = Column("samples_per_second", "samples/s", _rate, "high")
-_DRAWS = Column("estimator_samples", "draws", _fixed(0))
+DRAWS = Column("estimator_samples", "draws", _fixed(0))
+KIND = Column("likelihood", "likelihood", str)
+SPEED = Column("samples_per_second", "samples/s", _rate, "high")
+TRAINING = Column("train_seconds", "training", _seconds)
 QUALITY = (
     Column("frechet", "Fréchet", _fixed(2), "low", "distance between feature Gaussians of samples and test images"),
-    Column("kid", "KID", _fixed(4), "low", "kernel distance between their features, unbiased in the number of images"),
+    Column(
+        *("kid", "KID", _fixed(4), "low"),
+        "kernel distance between their features, unbiased in the number of images",
+        "kid_standard_error",
+    ),
     Column("precision", "precision", _fixed(3), "high", "share of samples that lie among the test images"),
     Column("recall", "recall", _fixed(3), "high", "share of test images that lie among the samples"),
     Column("density", "density", _fixed(3), "high", "how densely test images surround the samples"),
     Column("coverage", "coverage", _fixed(3), "high", "share of test images with a sample in their neighbourhood"),
-    Column("cas", "CAS", _fixed(3), "high", "test accuracy of a classifier trained on samples alone"),
+    Column(
+        "cas", "CAS", _fixed(3), "high", "test accuracy of a classifier trained on samples alone", "cas_standard_error"
+    ),
 )
 
-TERMINAL = (BITS, _DRAWS, DIM, *_SIZE, _SPEED, *QUALITY)
-FULL = (
-    BITS,
-    Column("likelihood", "likelihood", str),
-    _DRAWS,
-    Column("bits_per_image", "bits/image", _fixed(1), "low"),
-    DIM,
-    *_SIZE,
-    _STEPS,
-    _SPEED,
-    *QUALITY,
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One of the tables of a comparison: which columns, of which rows."""
+
+    key: Literal["likelihood", "quality", "cost", "compression"]
+    title: str
+    columns: tuple[Column, ...]
+    terminal: tuple[Column, ...]
+    """The columns for which a terminal has room."""
+
+
+TABLES = (
+    TableSpec("likelihood", "Likelihood", (BITS, KIND, DRAWS, BITS_PER_IMAGE, DIM), (BITS, DRAWS, DIM)),
+    TableSpec("quality", "Sample quality", (*QUALITY, Column("samples", "images", _fixed(0))), QUALITY),
+    TableSpec(
+        "cost",
+        "Cost",
+        (
+            Column("parameters", "parameters", _count),
+            TRAINING,
+            Column("train_steps", "steps", _fixed(0)),
+            Column("train_memory", "memory, training", _bytes),
+            SPEED,
+            Column("sample_memory", "memory, sampling", _bytes),
+        ),
+        (Column("parameters", "parameters", _count), TRAINING, SPEED),
+    ),
+    TableSpec(
+        "compression",
+        "Compression",
+        (
+            BITS_PER_IMAGE,
+            Column("bytes_per_image", "bytes/image", _fixed(1), "low"),
+            Column("bits_per_pixel", "bits/pixel", _fixed(3), "low"),
+            Column("compression_ratio", "ratio to raw", lambda value: f"{value:,.1f}x", "high"),
+            Column("psnr", "PSNR", lambda value: f"{value:.2f} dB"),
+            Column("ssim", "SSIM", _fixed(3)),
+        ),
+        (
+            Column("bytes_per_image", "bytes/image", _fixed(1), "low"),
+            Column("bits_per_pixel", "bits/pixel", _fixed(3), "low"),
+            Column("compression_ratio", "ratio to raw", lambda value: f"{value:,.1f}x", "high"),
+        ),
+    ),
 )
-LEFT_OUT_WHEN_EMPTY = {column.key for column in (_DRAWS, *QUALITY)}
+"""In the order in which they are read."""
 
 
 def is_trained(prior: str) -> bool:
     """Whether ``prior`` is a trained one, and neither a baseline nor a source of codes that nothing drew."""
     return prior not in (*BASELINES, *SOURCES)
+
+
+def figure(row: Row, key: str) -> float | None:
+    """The number at ``key``, or None where it is missing or not finite."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipelines.report.page import Figure
+from pipelines.report.figures import Figure
 from vqgen.files import write_text
 
 WORDS = {"bad": "fails", "watch": "could be better", "unknown": "cannot tell", "good": "fine"}

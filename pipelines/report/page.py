@@ -6,23 +6,24 @@ escaping; the page's own content security policy forbids whatever could slip pas
 
 from __future__ import annotations
 
-import base64
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.report import plots
-from pipelines.report.tables import MISSING, REFERENCE, arrange, by_bits, figure, held_out, legend, levels_of
+from pipelines.report.columns import figure
+from pipelines.report.figures import Chart, Section, Sections
+from pipelines.report.legend import held_out, legend
+from pipelines.report.tables import ANCHORS, MISSING, Table, arrange, by_bits, levels_of
 from vqgen.files import write_text
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_WIDTH = 552
-"""Small pictures are enlarged by whole factors up to about this many screen pixels."""
-
+ORDER = (
+    *("bits", "histograms", "curves", "four-way", "samples", "neighbours"),
+    *("reconstructions", "code-maps", "code-use", "positions"),
+)
+"""Sections after the tables, as they are read: what priors know, what they draw, and what they were given."""
 _PROVENANCE = {
     "created": "created",
     "command": "command",
@@ -36,68 +37,22 @@ _PROVENANCE = {
     "codec_fingerprint": "codec's fingerprint",
     "decoder_bits_per_dim": "decoder's share, bits/dim",
     "label_bits_per_image": "label, bits/image",
+    "quality": "sample quality",
+    "budget": "training budget",
     "vqgen": "vqgen",
     "torch": "torch",
     "python": "python",
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A picture of the page, such as a grid of samples.
-
-    Raises:
-        ValueError: ``png`` is not a PNG file.
-    """
-
-    title: str
-    caption: str
-    png: bytes
-    alt: str
-    wide: bool = False
-    """Whether it takes the whole width of the page, where others stand side by side."""
-
-    def __post_init__(self) -> None:
-        if len(self.png) < 24 or not self.png.startswith(_PNG):
-            raise ValueError(f"the picture of figure '{self.title}' is no PNG file")
-
-    @property
-    def source(self) -> str:
-        """The picture as a data URI."""
-        return _data_uri(self.png, "image/png")
-
-    @property
-    def zoom(self) -> int:
-        """The whole factor by which the page enlarges the picture, so that pixels stay square."""
-        return max(1, _WIDTH // max(self._size))
-
-    @property
-    def width(self) -> int:
-        return self._size[0] * self.zoom
-
-    @property
-    def height(self) -> int:
-        return self._size[1] * self.zoom
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        width, height = struct.unpack(">II", self.png[16:24])
-        return max(width, 1), max(height, 1)
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """One chart for a light and a dark ground."""
-
-    light: str
-    dark: str
-    alt: str
+_ELSEWHERE = ("notices", "memory")
+"""What the page says beside the figures it is about."""
 
 
 def write_page(
     path: Path,
     comparison: Mapping[str, Any],
-    figures: Sequence[Figure] = (),
+    sections: Sections | None = None,
     curves: Sequence[Mapping[str, Any]] = (),
     highlights: Sequence[str] = (),
 ) -> None:
@@ -106,11 +61,15 @@ def write_page(
     Args:
         path: the HTML file; an older one is replaced.
         comparison: the content of compare.json.
-        figures: sample grids and the like, in their order.
+        sections: what there is to be seen, as `pipelines.comparison_figures` makes it.
         curves: learning curves, as `plots.learning_curves` takes them; without points the section is left out.
         highlights: sentences at the top of the page.
     """
     provenance = comparison.get("provenance") or {}
+    shown = [_bits(comparison["rows"]), _curves(curves), *(sections.sections if sections else ())]
+    found = {section.key: section for section in shown if section is not None}
+    ordered = [found[key] for key in (*ORDER, *(key for key in found if key not in ORDER)) if key in found]
+    tables = arrange(comparison)
     page = (
         Environment(
             loader=FileSystemLoader(Path(__file__).parent),
@@ -125,12 +84,13 @@ def write_page(
             created=provenance.get("created"),
             statement=held_out(provenance),
             highlights=list(highlights),
-            table=arrange(comparison),
-            heading={"all": "all levels", REFERENCE: "for reference, no prior's samples"},
+            notices=list(provenance.get("notices") or ()),
+            tables=[(table, _below(table, comparison)) for table in tables],
+            heading={"all": "all levels", ANCHORS: "anchors: no prior's samples"},
+            anchors=ANCHORS,
+            missing=MISSING,
+            sections=ordered,
             notes=legend(comparison),
-            bits=_bits_chart(comparison["rows"]),
-            curves=_curves_chart(curves),
-            figures=list(figures),
             provenance=_provenance(provenance),
         )
     )
@@ -138,7 +98,48 @@ def write_page(
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
 
 
-def _bits_chart(rows: Sequence[Mapping[str, Any]]) -> _Chart | None:
+def _below(table: Table, comparison: Mapping[str, Any]) -> str:
+    """What stands under a table: how its figures are to be read."""
+    provenance = comparison.get("provenance") or {}
+    if table.key == "likelihood":
+        return (
+            "Marked: the best trained prior of each level. Muted: the baselines that set the scale. ≤ is an upper "
+            "bound. Fewer bits are better."
+        )
+    if table.key == "quality":
+        return _quality_note(provenance.get("quality") or {}, any(group.title == ANCHORS for group in table.groups))
+    if table.key == "cost":
+        equal = (provenance.get("budget") or {}).get("equal")
+        said = " Every prior had the same budget." if equal else " The priors' budgets differ."
+        budget = "" if equal is None else said
+        text = "Time is that of training steps alone. On 'all levels', parameters, time and steps are sums."
+        return f"{text}{budget}"
+    bits, ratio = (figure(comparison.get("codes") or {}, key) for key in ("bits_per_image", "ratio"))
+    raw = f" ({bits * ratio:,.0f} bits, 8 for each value)" if bits is not None and ratio is not None else ""
+    return (
+        f"Ratios are bits of a raw image{raw} over bits of its codes, without any header. All lines give back the same "
+        "reconstructions, hence one PSNR and SSIM."
+    )
+
+
+def _quality_note(made: Mapping[str, Any], anchors: bool) -> str:
+    parts = ["Marked: the best of the trained priors; nothing else is ranked."]
+    if made.get("extractor"):
+        weights = f", weights {str(made['weights'])[:12]}" if made.get("weights") else ""
+        parts.append(f"Features: {made['extractor']}{weights}.")
+    counts = [(figure(made, "samples"), "samples"), (figure(made, "test_images"), "test images")]
+    known = [f"{count:,.0f} {what}" for count, what in counts if count is not None]
+    if known:
+        parts.append(f"Each line holds {' against '.join(known)}.")
+    if anchors:
+        parts.append(
+            "The anchors say how to read a column: training images are as good as samples can be, reconstructions as "
+            "good as samples through this codec can be."
+        )
+    return " ".join(parts)
+
+
+def _bits(rows: Sequence[Mapping[str, Any]]) -> Section | None:
     rows = [row for row in rows if figure(row, "bits_per_code") is not None]
     if not rows:
         return None
@@ -146,46 +147,54 @@ def _bits_chart(rows: Sequence[Mapping[str, Any]]) -> _Chart | None:
         f"{level}: {', '.join(_words(row) for row in sorted(rows, key=by_bits) if row['level'] == level)}"
         for level in levels_of(rows)
     ]
-    return _Chart(
-        _data_uri(plots.bits_chart(rows), "image/svg+xml"),
-        _data_uri(plots.bits_chart(rows, dark=True), "image/svg+xml"),
+    chart = Chart(
+        "",
+        "The dashed line is what position alone explains. How far a bar ends to its left is what the prior has learned "
+        "of how codes go together.",
+        plots.bits_chart(rows),
+        plots.bits_chart(rows, dark=True),
         f"Bar chart of bits per code. {'; '.join(levels)}.",
     )
+    return Section("bits", "Bits per code", "", (chart,))
 
 
 def _words(row: Mapping[str, Any]) -> str:
     return f"{row['prior']} {'at most ' if row['likelihood'] == 'bound' else ''}{figure(row, 'bits_per_code'):.2f}"
 
 
-def _curves_chart(curves: Sequence[Mapping[str, Any]]) -> _Chart | None:
+def _curves(curves: Sequence[Mapping[str, Any]]) -> Section | None:
     try:
         light, dark = (plots.learning_curves(curves, dark=dark) for dark in (False, True))
     except ValueError:
         return None
     names = ", ".join(dict.fromkeys(str(curve["prior"]) for curve in curves))
+    caption = (
+        "Bits per code on the validation split, which chooses the checkpoint, against optimiser steps and against "
+        "training time. A dot is a prior's lowest point."
+    )
     alt = f"Line charts of validation bits per code against steps and against training time, for {names}."
-    return _Chart(_data_uri(light, "image/svg+xml"), _data_uri(dark, "image/svg+xml"), alt)
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return Section("curves", "Learning curves", "", (Chart("", caption, light, dark, alt, wide=True),))
 
 
 def _provenance(provenance: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Names and lines of text, the known ones first and in a fixed order."""
-    keys = [key for key in _PROVENANCE if key in provenance] + [key for key in provenance if key not in _PROVENANCE]
+    shown = [key for key in provenance if key not in _ELSEWHERE]
+    keys = [key for key in _PROVENANCE if key in shown] + [key for key in shown if key not in _PROVENANCE]
     return [(_PROVENANCE.get(key, key.replace("_", " ")), _lines(provenance[key])) for key in keys]
 
 
 def _lines(value: Any) -> list[str]:
     if isinstance(value, Mapping):
-        return [f"{key}: {'; '.join(_lines(item))}" for key, item in value.items()] or [MISSING]
+        given = {str(key).replace("_", " "): item for key, item in value.items() if item is not None}
+        return [f"{key}: {'; '.join(_lines(item))}" for key, item in given.items()] or [MISSING]
     if isinstance(value, (list, tuple)):
         return [line for item in value for line in _lines(item)] or [MISSING]
     if value is None or value == "":
         return [MISSING]
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
     if isinstance(value, float):
         return [f"{value:.4f}"]
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+    if isinstance(value, int) and value >= 10_000:
         return [f"{value:,}"]
     return [str(value)]

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pipelines.report.columns import BASELINES, is_trained
-from pipelines.report.tables import Row, by_bits, figure, levels_of
+from pipelines.report.columns import BASELINES, Row, figure, is_trained
+from pipelines.report.tables import by_bits, levels_of
 from pipelines.report.theme import DASHES, Format, Theme, layout, quiet, text_label, theme_for, to_bytes
 
 

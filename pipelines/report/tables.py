@@ -1,9 +1,9 @@
-"""The comparison as a table: one arrangement of rows, columns and marks, shown on a terminal, in Markdown and
-on the page.
+"""The comparison as tables: one arrangement of rows, columns and marks, shown on a terminal, in Markdown and on the
+page.
 
-``comparison`` is the content of ``compare.json``: ``{"run", "rows", "anchors", "provenance"}``, each row flat, a
-figure that was not computed ``None``. Likelihoods are in bits, times in seconds. Nothing is computed here: figures
-are only put in order, rounded and explained.
+``comparison`` is the content of ``compare.json``: ``{"run", "rows", "anchors", "reconstruction", "codes",
+"provenance"}``, each row flat, a figure that was not computed ``None``. Likelihoods are in bits, times in seconds,
+memory in bytes. Nothing is computed here: figures are only put in order, rounded and marked.
 """
 
 from __future__ import annotations
@@ -13,25 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.report.columns import (
-    BITS,
-    DIM,
-    FULL,
-    LEFT_OUT_WHEN_EMPTY,
-    QUALITY,
-    TERMINAL,
-    Column,
-    is_trained,
-)
+from pipelines.report.columns import DIM, KIND, TABLES, Column, Row, TableSpec, figure, is_trained
+from pipelines.report.legend import legend
 from priors.registry import SOURCES
 
 MISSING = "-"
-REFERENCE = "reference"
-"""The group of the anchors: figures of data or reconstructions, which no prior made."""
+TRAINED, SCALE, ANCHORS = "trained priors", "without training", "anchors"
+"""Groups of the table of sample quality: the anchors are figures of data or reconstructions, which no prior made."""
+PLAIN_CODES = "codes at log2 K"
+"""The line of codes that are stored as they are."""
 
 _LEVELS = ("top", "middle", "bottom", "all")
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One prior at one level; ``best`` where no trained prior of the level needs fewer bits per code."""
+    """One prior at one level; ``best`` where it is the best trained one in the table's first column."""
 
     prior: str
     level: str
@@ -59,30 +51,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """The lines of one level, fewest bits per code first."""
+    """Lines that belong together: those of one level, fewest bits per code first, or those of one kind."""
 
-    level: str
+    title: str
     lines: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and the groups coarse to fine, then ``all``, then the anchors."""
+    """One table: columns that have a figure, and groups of lines."""
 
+    key: str
+    title: str
     columns: tuple[Column, ...]
     groups: tuple[Group, ...]
 
     @property
     def lines(self) -> tuple[Line, ...]:
         return tuple(line for group in self.groups for line in group.lines)
-
-
-def figure(row: Row, key: str) -> float | None:
-    """The number at ``key``, or None where it is missing or not finite."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def levels_of(rows: Iterable[Row]) -> list[str]:
@@ -97,34 +83,73 @@ def by_bits(row: Row) -> tuple[bool, float, str]:
     return bits is None, bits or 0.0, str(row["prior"])
 
 
-def arrange(comparison: Mapping[str, Any], *, full: bool = True, at_most: str = "≤") -> Table:
-    """The comparison's lines in order, rounded and marked.
+def arrange(comparison: Mapping[str, Any], *, full: bool = True, at_most: str = "≤") -> list[Table]:
+    """The comparison's tables, those with a figure: lines in order, figures rounded and marked.
 
-    Columns of draws and of sample quality stand only where some row has such a figure.
+    Columns stand only where some line has a figure. Only trained priors are held against each other.
 
     Args:
         comparison: the content of compare.json.
         full: every column; False leaves out what a terminal has no room for.
         at_most: the sign before upper bounds.
     """
-    rows, anchors = list(comparison["rows"]), list(comparison.get("anchors") or [])
-    columns = tuple(
-        column
-        for column in (FULL if full else TERMINAL)
-        if column.key not in LEFT_OUT_WHEN_EMPTY or any(row.get(column.key) is not None for row in rows + anchors)
-    )
-    groups = [
-        _group(level, sorted((row for row in rows if row["level"] == level), key=by_bits), columns, at_most)
-        for level in levels_of(rows)
-    ]
-    if anchors:
-        groups.append(_group(REFERENCE, anchors, columns, at_most))
-    return Table(columns, tuple(groups))
+    tables = []
+    for spec in TABLES:
+        grouped = [(title, rows) for title, rows in _grouped(comparison, spec) if rows]
+        shown = [row for _, rows in grouped for row in rows]
+        columns = tuple(
+            column
+            for column in (spec.columns if full else spec.terminal)
+            if any(row.get(column.key) is not None for row in shown)
+        )
+        if any(column is not KIND for column in columns):
+            groups = tuple(_group(title, rows, columns, at_most) for title, rows in grouped)
+            tables.append(Table(spec.key, spec.title, columns, groups))
+    return tables
 
 
-def _group(level: str, rows: Sequence[Row], columns: Sequence[Column], at_most: str) -> Group:
-    trained = [row for row in rows if level != REFERENCE and is_trained(row["prior"])]
-    best = {column.key: _best(trained, column) for column in columns}
+def _grouped(comparison: Mapping[str, Any], spec: TableSpec) -> list[tuple[str, list[Row]]]:
+    """The rows of one table under the titles of their groups, in order."""
+    rows = [*comparison["rows"]]
+    if spec.key in ("likelihood", "cost"):
+        # What no prior drew has neither.
+        own = [row for row in rows if row["prior"] not in SOURCES]
+        return [(level, sorted((row for row in own if row["level"] == level), key=by_bits)) for level in levels_of(own)]
+    whole = sorted((row for row in rows if row["level"] == "all"), key=by_bits)
+    if spec.key == "compression":
+        return [("all", _compressed(comparison, [row for row in whole if figure(row, "bits_per_image") is not None]))]
+    judged = [row for row in whole if any(row.get(column.key) is not None for column in spec.columns)]
+    trained = sorted((row for row in judged if is_trained(row["prior"])), key=_by_distance)
+    others = sorted((row for row in judged if not is_trained(row["prior"])), key=_by_distance)
+    return [(TRAINED, trained), (SCALE, others), (ANCHORS, [*(comparison.get("anchors") or ())])]
+
+
+def _by_distance(row: Row) -> tuple[bool, float, tuple[bool, float, str]]:
+    """Sorting key: the smallest Fréchet distance first, rows without one last."""
+    distance = figure(row, "frechet")
+    return distance is None, distance or 0.0, by_bits(row)
+
+
+def _compressed(comparison: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """Codes as they are, then under each prior, each with what reconstructions of them are like.
+
+    ``uniform`` spends what plain codes take, so that it has no line of its own beside them.
+    """
+    image = comparison.get("reconstruction") or {}
+    quality = {key: image.get(key) for key in ("psnr", "ssim")}
+    plain = comparison.get("codes")
+    lines = [] if plain is None else [_plain_codes(plain)]
+    return [{**row, **quality} for row in [*lines, *(row for row in rows if not plain or row["prior"] != "uniform")]]
+
+
+def _plain_codes(codes: Mapping[str, Any]) -> Row:
+    figures = {key: codes.get(key) for key in ("bits_per_image", "bytes_per_image", "bits_per_pixel")}
+    return {"prior": PLAIN_CODES, "level": "all", "compression_ratio": codes.get("ratio"), **figures}
+
+
+def _group(title: str, rows: Sequence[Row], columns: Sequence[Column], at_most: str) -> Group:
+    ranked = [row for row in rows if title != ANCHORS and row["prior"] != PLAIN_CODES and is_trained(row["prior"])]
+    best = {column.key: _best(ranked, column) for column in columns}
 
     def cell(row: Row, column: Column) -> Cell:
         value = row.get(column.key)
@@ -134,16 +159,14 @@ def _group(level: str, rows: Sequence[Row], columns: Sequence[Column], at_most: 
             return Cell(str(value))
         text = column.write(value)
         # Figures that print alike are marked alike.
-        winner = row in trained and figure(row, column.key) is not None and text == best[column.key]
-        error = _error(row) if column is BITS else ""
-        return Cell(f"{at_most} {text}" if _is_bound(row, column) else text, error, winner)
+        winner = row in ranked and figure(row, column.key) is not None and text == best[column.key]
+        return Cell(_bounded(text, row, column, at_most), _error(row, column), winner)
 
     lines = []
     for row in rows:
         cells = tuple(cell(row, column) for column in columns)
-        first = cells[columns.index(BITS)].best
-        lines.append(Line(str(row["prior"]), level, row in trained, first, cells))
-    return Group(level, tuple(lines))
+        lines.append(Line(str(row["prior"]), str(row["level"]), row in ranked, cells[0].best, cells))
+    return Group(title, tuple(lines))
 
 
 def _best(rows: Sequence[Row], column: Column) -> str | None:
@@ -153,153 +176,70 @@ def _best(rows: Sequence[Row], column: Column) -> str | None:
     return column.write(min(values) if column.better == "low" else max(values))
 
 
-def _is_bound(row: Row, column: Column) -> bool:
+def _bounded(text: str, row: Row, column: Column, at_most: str) -> str:
+    """``text`` with the sign of a bound: bits are at most so many, and the ratio they give is at least so large."""
     if column is DIM:
-        return True
-    return column.key in ("bits_per_code", "bits_per_image") and row.get("likelihood") == "bound"
+        return f"{at_most} {text}"
+    if row.get("likelihood") != "bound":
+        return text
+    if column.key in ("bits_per_code", "bits_per_image", "bytes_per_image", "bits_per_pixel"):
+        return f"{at_most} {text}"
+    if column.key == "compression_ratio":
+        return f"{'≥' if at_most == '≤' else '>='} {text}"
+    return text
 
 
-def _error(row: Row) -> str:
-    value = figure(row, "standard_error")
+def _error(row: Row, column: Column) -> str:
+    value = figure(row, column.error) if column.error else None
     if value is None:
         return ""
     if value == 0:
         return "± 0"
-    return f"± {value:.3f}" if value >= 0.0005 else "± <0.001"
+    text = column.write(value)
+    if float(text.replace(",", "")) == 0:
+        digits = len(text.partition(".")[2])
+        return f"± <{10**-digits:.{digits}f}"
+    return f"± {text}"
 
 
-def summary(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column titles and text cells for a terminal: one line per level and prior, ``*`` after the best trained prior.
+def summary(comparison: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """For a terminal: title, column titles and text cells of each table, ``*`` before a figure that is the best.
 
     Bounds are written with ``<=``, which every terminal can print. Lines without a figure are left out.
     """
-    table = arrange(comparison, full=False, at_most="<=")
-    titles = ["level", "prior", *(column.title for column in table.columns)]
-    return titles, [
-        [line.level, f"{line.prior} *" if line.best else line.prior, *map(str, line.cells)]
-        for line in table.lines
-        if any(cell.text != MISSING for cell in line.cells)
-    ]
+    tables = []
+    for table in arrange(comparison, full=False, at_most="<="):
+        first = "of" if table.key == "quality" else "level"
+        cells = [
+            [group.title, line.prior, *(f"* {cell}" if cell.best else str(cell) for cell in line.cells)]
+            for group in table.groups
+            for line in group.lines
+            if any(cell.text != MISSING for cell in line.cells)
+        ]
+        titles = [first, "prior", *(column.title for column in table.columns)]
+        if cells:
+            tables.append((table.title, titles, cells))
+    return tables
 
 
 def to_markdown(comparison: Mapping[str, Any]) -> str:
-    """The comparison as one Markdown table, the best trained prior's figures bold, and a legend of its units."""
-    table = arrange(comparison)
-    titles = ["level", "prior", *(column.title for column in table.columns)]
-    rules = [":--", ":--", *("--:" for _ in table.columns)]
-    lines = [titles, rules]
-    for line in table.lines:
-        figures = [f"**{_plain(str(cell))}**" if cell.best else _plain(str(cell)) for cell in line.cells]
-        lines.append([_plain(line.level), _plain(line.prior), *figures])
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = "\n".join(f"- {name}: {_plain(text)}" for name, text in legend(comparison))
-    return f"{body}\n\n{notes}\n"
+    """The comparison as Markdown tables, the best trained prior's figures bold, and a legend of their units."""
+    parts = []
+    for table in arrange(comparison):
+        first = "of" if table.key == "quality" else "level"
+        lines = [[first, "prior", *(column.title for column in table.columns)]]
+        lines.append([":--", ":--", *("--:" for _ in table.columns)])
+        for group in table.groups:
+            for line in group.lines:
+                figures = [f"**{escaped(str(cell))}**" if cell.best else escaped(str(cell)) for cell in line.cells]
+                lines.append([escaped(group.title), escaped(line.prior), *figures])
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"## {table.title}\n\n{body}")
+    notes = "\n".join(f"- {name}: {escaped(text)}" for name, text in legend(comparison))
+    return "\n\n".join([*parts, f"## Units and terms\n\n{notes}"]) + "\n"
 
 
-def _plain(text: str) -> str:
+def escaped(text: str) -> str:
     """``text`` as Markdown shows it: no markup, no new cell, no new line."""
     text = " ".join(text.split())
     return "".join(f"\\{mark}" if mark in "\\`*_[]|<>" else mark for mark in text)
-
-
-def legend(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Terms and what they mean, only those that stand in the table of this comparison."""
-    rows, provenance = comparison["rows"], comparison.get("provenance") or {}
-    notes = [
-        ("held out", held_out(provenance)),
-        (
-            "bits/code",
-            "what one code costs under the prior, in bits: the bits of all codes of the level over their number; "
-            "on 'all', of every level together. Lower is better.",
-        ),
-        ("bits/image", "the bits of one image's codes, without the decoder's share."),
-        (
-            "uniform, unigram",
-            "the scale: uniform gives each of K codes the same probability and costs log2 K bits, unigram knows "
-            "only how often each code stands at each position (in each class, where there are labels). A prior that "
-            "is no better than unigram has learned nothing of how codes go together.",
-        ),
-        *_source_notes(rows),
-        ("best", "the best trained prior of a level in a column is marked; baselines are not ranked."),
-    ]
-    if any(row.get("standard_error") is not None for row in rows):
-        notes.append(("±", "standard error of the mean over the images, in bits/code."))
-    if bounds := [row for row in rows if row.get("likelihood") == "bound"]:
-        notes.append(
-            (
-                "≤",
-                "an upper bound: the prior's likelihood cannot be computed exactly and the true figure is no higher. "
-                "'draws' is the number of samples behind each estimate." + _estimates(bounds),
-            )
-        )
-    if any(row.get("bits_per_dim") is not None for row in rows):
-        notes.append(("bits/dim", _bits_per_dim(provenance)))
-    notes.append(
-        (
-            "training, samples/s",
-            "time of the training steps, evaluations and checkpoints not counted, and images sampled per second.",
-        )
-    )
-    notes.extend(
-        (column.title, f"{column.meaning}; {column.better}er is better.")
-        for column in QUALITY
-        if any(row.get(column.key) is not None for row in rows)
-    )
-    return notes
-
-
-def _source_notes(rows: Iterable[Row]) -> list[tuple[str, str]]:
-    if not {row["prior"] for row in rows} & {*SOURCES}:
-        return []
-    text = (
-        "samples that no prior drew, and so without bits: neighbour are the codes of held-out images, each replaced by "
-        "the nearest other vector of its codebook, random are codes drawn uniformly."
-    )
-    return [(", ".join(SOURCES), text)]
-
-
-def _estimates(bounds: Iterable[Row]) -> str:
-    """How sure the estimates behind the bounds are, where that is known: a sentence for each row."""
-    sentences = []
-    for row in bounds:
-        error, worth = (figure(row, key) for key in ("estimator_standard_error", "effective_samples"))
-        if error is not None and worth is not None:
-            sentences.append(
-                f" {row['prior']}, {row['level']}: one image's estimate has a standard error of {error:.3f} bits/code, "
-                f"its draws are worth {worth:.1f} independent ones."
-            )
-    return "".join(sentences)
-
-
-def _bits_per_dim(provenance: Mapping[str, Any]) -> str:
-    share, label = (figure(provenance, key) for key in ("decoder_bits_per_dim", "label_bits_per_image"))
-    pixels = provenance.get("pixels") or ()
-    pixels = [pixels] if isinstance(pixels, str) else [str(note) for note in pixels]
-    return (
-        f"(code bits + {'label bits + ' if label else ''}decoder bits) / dims, dims being the values of one image "
-        "(channels x rows x columns). It is an upper bound, as it counts one way only of coding each image: the codes "
-        "that the encoder picks."
-        + (
-            f" Code bits are given the image's label; naming the label costs {label:.3f} bits an image, "
-            "which bits/dim counts and bits/code does not."
-            if label
-            else ""
-        )
-        + (f" The decoder's share is {share:.3f}, the same for every prior." if share is not None else "")
-        + (f" The pixels are those that the codec sees: {'; '.join(pixels)}." if pixels else "")
-    )
-
-
-def held_out(provenance: Mapping[str, Any]) -> str:
-    """One sentence: on which images the figures were measured, and whether these are held out."""
-    split, images = provenance.get("split") or "test", figure(provenance, "images")
-    available = figure(provenance, "images_available")
-    part = f" of the {available:,.0f}" if images is not None and available is not None and available > images else ""
-    what = f"{images:,.0f}{part} images of the {split} split" if images is not None else f"the {split} split"
-    if split == "test":
-        return f"Every figure is measured on {what}, which no training and no choice of settings has seen."
-    if split == "validation":
-        return (
-            f"The figures are measured on {what}, by which checkpoints were chosen; they flatter the priors a little."
-        )
-    return f"The figures are measured on {what}, which is not held out; they say little about new images."

@@ -8,6 +8,7 @@ left open and no backend is chosen.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,4 +88,15 @@ def to_bytes(sheet: Figure, kind: Format, theme: Theme) -> bytes:
             return buffer.getvalue()
         unstamped = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         sheet.savefig(buffer, format="svg", transparent=True, metadata=unstamped)
-    return buffer.getvalue().replace(b"'DejaVu Sans', sans-serif", SANS.encode())
+    return _numbered_clips(buffer.getvalue()).replace(b"'DejaVu Sans', sans-serif", SANS.encode())
+
+
+def _numbered_clips(svg: bytes) -> bytes:
+    """``svg`` with clipping areas named in their order: their own names are hashes of places before rounding, which the
+    layout's solver does not give alike each time."""
+    names: dict[bytes, bytes] = {}
+
+    def number(found: re.Match[bytes]) -> bytes:
+        return names.setdefault(found[0], b"clip-%d" % len(names))
+
+    return re.sub(rb'(?<=url\(#)p[0-9a-f]{10}(?=\))|(?<=<clipPath id=")p[0-9a-f]{10}(?=")', number, svg)

@@ -13,11 +13,14 @@ from PIL import Image
 
 from pipelines import cli
 from pipelines.code_sources import decoded, nearest_other, neighbour_codes, random_codes
-from pipelines.compare import side_by_side, source_pictures
+from pipelines.compare import source_pictures
+from pipelines.comparison_figures import Material, side_by_side
 from pipelines.comparison_rows import COLUMNS, highlights, likelihood_columns, rows_of
 from pipelines.likelihood import ESTIMATOR_SAMPLES, HeldOut, classes_in_turn, read_held_out
 from pipelines.report.columns import BASELINES
-from pipelines.report.tables import legend, summary, to_markdown
+from pipelines.report.figures import Strips
+from pipelines.report.legend import legend
+from pipelines.report.tables import summary, to_markdown
 from pipelines.run_codes import open_codes, prior_spec
 from priors import registry
 from priors.base import Density
@@ -110,15 +113,17 @@ def test_the_four_way_picture_has_a_row_for_each_way(finished_run: Path) -> None
     codec, store, held_out = held_out_of(finished_run)
     sources = source_pictures(codec, store, held_out, 4, seed=0)
     assert list(sources) == list(SOURCES)
-    figure = side_by_side(codec, store, held_out, sources, {}, [])
-    for row in ("test images", "reconstructions", "near codes", "random codes"):
-        assert row in figure.alt
-    assert figure.wide
-    assert "prior" not in figure.caption
+    run = RunFolder(finished_run)
+    material = Material(run, codec, store, held_out, 0, {}, {}, {}, {}, sources, None)
+    section, png = side_by_side(material, [])
+    strips = section.parts[0]
+    assert isinstance(strips, Strips)
+    assert [row.name for row in strips.rows] == ["test images", "reconstructions", "near codes", "random codes"]
+    assert "prior" not in section.text
     # The first cell of each row, found by its place, is the picture it should be.
     size, scale, pad = 16, 4, 2
     (folder := finished_run.parent / "four").mkdir(exist_ok=True)
-    (folder / "way.png").write_bytes(figure.png)
+    (folder / "way.png").write_bytes(png)
     grid = np.asarray(Image.open(folder / "way.png"))
     left = grid.shape[1] - pad - 4 * (max(size * scale, 64) + pad)
     top = grid.shape[0] - 4 * (size * scale + pad) - pad
@@ -144,9 +149,8 @@ def test_sources_are_rows_and_pictures_of_the_comparison(
     with Image.open(finished_run / "compare/four_way.png") as picture:
         assert picture.height > 6 * 64  # six rows: four ways and two priors
     page = (finished_run / "compare/report.html").read_text(encoding="utf-8")
-    for words in ("Side by side", "near codes", "random codes", "<h3>neighbour</h3>", "<h3>random</h3>"):
+    for words in ("Side by side", "near codes", "random codes"):
         assert words in page
-    assert "<h3>uniform</h3>" not in page
     capsys.readouterr()
     assert cli.call(["priors", "--json"]) == 0
     assert not {prior["name"] for prior in json.loads(capsys.readouterr().out)} & set(SOURCES)
@@ -164,9 +168,13 @@ def test_no_source_is_ranked_or_praised() -> None:
     notes = dict(legend({"rows": rows, "provenance": {}}))
     assert "nearest other vector" in notes["neighbour, random"]
     assert "neighbour, random" not in dict(legend({"rows": rows[1:], "provenance": {}}))
-    assert [line[1] for line in summary({"rows": rows})[1]] == ["mine *", "unigram", "uniform"]
+    titles, _, lines = summary({"rows": rows})[0]
+    assert titles == "Likelihood"
+    shown = [(line[1], line[2].strip("* "), "*" in line[2]) for line in lines]
+    assert shown == [("mine", "4.000", True), ("unigram", "5.000", False), ("uniform", "6.000", False)]
     rows[0]["frechet"] = 9.0
-    assert [line[1] for line in summary({"rows": rows})[1]] == ["mine *", "unigram", "uniform", "random"]
+    quality = {title: lines for title, _, lines in summary({"rows": rows})}["Sample quality"]
+    assert [line[1:3] for line in quality] == [["random", "9.00"]]
     assert not set(SOURCES) & {*BASELINES, *registry.BUILT_IN}
 
 

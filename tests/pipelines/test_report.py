@@ -1,4 +1,4 @@
-"""The report: the table's figures, order and marks; the charts; the page's escaping and self-containment."""
+"""The report: the tables' figures, order and marks; the page's escaping and self-containment."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
-from pipelines.report import columns, page, plots, tables
-from pipelines.report.page import Figure, write_page
+from pipelines.comparison_rows import COLUMNS
+from pipelines.report import columns, page, tables
+from pipelines.report.figures import Chart, Figure, Section, Sections, Strip, Strips
+from pipelines.report.legend import legend
+from pipelines.report.page import write_page
 
-KEYS = (
-    *("prior", "level", "bits_per_code", "likelihood", "estimator_samples", "standard_error", "bits_per_dim"),
-    *("bits_per_image", "parameters", "train_seconds", "train_steps", "samples_per_second"),
-    *("frechet", "kid", "precision", "recall", "density", "coverage", "cas"),
-)
+KEYS = ("prior", "level", *COLUMNS)
 HOSTILE = "\x01\udcff<script>alert('x')</script>|`$\\frac{$\n\"><img src=http://evil.example/x onerror=alert(1)> 漢字"
 
 
@@ -60,6 +58,29 @@ def comparison(made: list[dict[str, Any]] | None = None, **provenance: Any) -> d
     }
 
 
+def judged() -> dict[str, Any]:
+    """A comparison with every block: sample quality, anchors, sizes."""
+    made = rows()
+    for place, line in enumerate(made):
+        if line["level"] == "all":
+            line |= {"frechet": 1000.25 - 31.37 * place, "kid": 0.01234 * place, "kid_standard_error": 0.00098}
+            line |= {"precision": 0.9 - 0.0123 * place, "cas": 0.5 + 0.01 * place, "cas_standard_error": 0.0123}
+            bits = line["bits_per_image"]
+            line |= {"bytes_per_image": bits / 8, "bits_per_pixel": bits / 1024, "compression_ratio": 24576 / bits}
+            line |= {"samples": 1000, "sample_memory": 812_345_678}
+        line |= {"parameters": 812_345, "train_seconds": 700.0, "train_steps": 12000, "train_memory": 1_234_567_890}
+    anchors = [
+        row(prior="training images", level="all", frechet=3.21, kid=0.0001, kid_standard_error=1e-6, cas=0.987),
+        row(prior="reconstructions", level="all", frechet=12.34, kid=0.0023, cas=0.9),
+        row(prior="shuffled labels", level="all", cas=0.1023),
+    ]
+    quality = {"extractor": "classifier", "weights": "ab12" * 16, "samples": 1000, "test_images": 900}
+    codes = {"bits_per_image": 720.0, "bytes_per_image": 90.0, "bits_per_pixel": 0.703125, "ratio": 34.1333}
+    shown = {"mse": 0.0123, "psnr": 23.456, "ssim": 0.8765, "images": 10000}
+    whole = comparison(made, quality=quality) | {"anchors": anchors, "codes": codes, "reconstruction": shown}
+    return whole
+
+
 def curves(prior: str = "pixelcnn") -> list[dict[str, Any]]:
     curve = {"prior": prior, "level": "top", "steps": [0, 100, 200], "seconds": [0.0, 1.5, 3.0]}
     return [curve | {"bits_per_code": [9.0, math.nan, 5.6], "unigram": 6.83}]
@@ -71,16 +92,57 @@ def png(width: int = 34, height: int = 17) -> bytes:
     return buffer.getvalue()
 
 
-def markdown_cells(text: str) -> list[list[str]]:
-    """The rows of the Markdown table, split where a renderer would split them, headings first."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if ":--" not in line]
+def markdown_tables(text: str) -> dict[str, list[list[str]]]:
+    """The rows of each Markdown table by its title, split where a renderer would split them, headings first."""
+    found: dict[str, list[list[str]]] = {}
+    for line in text.splitlines():
+        if line.startswith("## "):
+            own = found.setdefault(line.removeprefix("## "), [])
+        elif line.startswith("|") and ":--" not in line:
+            own.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return {title: lines for title, lines in found.items() if lines}
 
 
-def number(cell: str) -> float:
-    found = re.search(r"[\d,]+\.\d+", cell)
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "s": 1, "min": 60, "h": 3600, "x": 1, "dB": 1, "B": 1, "": 1}
+UNITS |= {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+def number(cell: str) -> tuple[float, float]:
+    """The number that a cell gives, and half a unit of its last digit: what rounding may have taken from it."""
+    found = re.fullmatch(r"\W*?(-?[\d,]+(?:\.(\d+))?) ?([A-Za-z]*)", cell.strip("*"))
     assert found, cell
-    return float(found.group().replace(",", ""))
+    unit = UNITS[found[3]]
+    return float(found[1].replace(",", "")) * unit, 0.5001 * 10 ** -len(found[2] or "") * unit
+
+
+def check_cell(cell: str, source: dict[str, Any], column: columns.Column) -> None:
+    """That a cell says what compare.json holds: its number, its error, its bound."""
+    value = source.get(column.key)
+    text, _, error = cell.replace("\\", "").partition(" ± ")
+    if value is None:
+        assert text == "-"
+    elif isinstance(value, str):
+        assert text == value
+    else:
+        shown, half = number(text)
+        assert abs(shown - value) <= half + 1e-9 * abs(value) or f"{shown:.2e}" == f"{value:.2e}"
+    spread = source.get(column.error) if column.error else None
+    assert bool(error) == (spread is not None)
+    if spread is not None and not error.startswith("<"):
+        shown, half = number(error)
+        assert abs(shown - spread) <= half
+
+
+def source_of(whole: dict[str, Any], table: tables.Table, group: str, prior: str) -> dict[str, Any]:
+    """The row of compare.json that a line of a table shows."""
+    if prior == tables.PLAIN_CODES:
+        found = whole["codes"] | {"compression_ratio": whole["codes"]["ratio"]}
+    elif group == tables.ANCHORS:
+        found = next(line for line in whole["anchors"] if line["prior"] == prior)
+    else:
+        level = group if table.key in ("likelihood", "cost") else "all"
+        found = next(line for line in whole["rows"] if (line["level"], line["prior"]) == (level, prior))
+    return found | (whole["reconstruction"] if table.key == "compression" else {})
 
 
 class Reader(HTMLParser):
@@ -90,13 +152,29 @@ class Reader(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.tables: list[list[list[str]]] = []
+        """Cell texts of each table of figures."""
+        self._cell = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._cell = False
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self._cell:
+            self.tables[-1][-1][-1] += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -107,85 +185,141 @@ def written(path: Path, *arguments: Any) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def sections() -> Sections:
+    chart = Chart("top", "", b"<svg/>", b"<svg />", "heat maps")
+    strips = Strips("mine", "fast", (Strip("cat", (png(), png()), "cats", "a note"),), ("test images", "samples"))
+    grid = Figure("grid", "64 samples", png(), "samples of pixelcnn")
+    made = (
+        Section("positions", "Bits by position", "how it is read", (chart,), ("roundtrip has no map.",)),
+        Section("samples", "Samples", "", (grid, strips)),
+    )
+    return Sections(made, png())
+
+
 def test_summary_orders_levels_coarse_to_fine_and_priors_by_bits() -> None:
-    titles, lines = tables.summary(comparison())
+    (title, titles, lines), *_ = tables.summary(comparison())
+    assert title == "Likelihood"
     assert titles[:3] == ["level", "prior", "bits/code"]
     assert all(len(line) == len(titles) for line in lines)
-    ranked = ["transformer *", "pixelcnn", "roundtrip", "unigram", "uniform"]
+    ranked = ["transformer", "pixelcnn", "roundtrip", "unigram", "uniform"]
     assert [line[:2] for line in lines] == [[level, prior] for level in ("top", "bottom", "all") for prior in ranked]
 
 
-def test_summary_marks_bounds_and_leaves_out_empty_quality_columns() -> None:
-    titles, lines = tables.summary(comparison())
-    cell = {
-        (line[0], line[1].rstrip(" *"), title): text for line in lines for title, text in zip(titles, line, strict=True)
-    }
+def test_summary_marks_bounds_and_the_best_and_leaves_out_what_was_not_measured() -> None:
+    found = {title: (titles, lines) for title, titles, lines in tables.summary(comparison())}
+    assert list(found) == ["Likelihood", "Cost", "Compression"][: len(found)]
+    titles, lines = found["Likelihood"]
+    cell = {(line[0], line[1], title): text for line in lines for title, text in zip(titles, line, strict=True)}
     assert cell["top", "roundtrip", "bits/code"] == "<= 6.310 ± 0.012"
     assert cell["top", "roundtrip", "draws"] == "64"
     assert cell["top", "pixelcnn", "bits/code"] == "5.614 ± 0.012"
-    assert all(cell["all", prior, "bits/dim"].startswith("<= ") for prior in ("uniform", "transformer"))
+    assert cell["top", "transformer", "bits/code"] == "* 5.130 ± 0.012"
+    assert all("<= " in cell["all", prior, "bits/dim"] for prior in ("uniform", "transformer"))
     assert cell["top", "transformer", "bits/dim"] == "-"
-    assert cell["top", "transformer", "training"] == "-"
-    assert not {column.title for column in columns.QUALITY} & set(titles)
     made = rows()
     made[0]["frechet"] = 0.0
-    titles, lines = tables.summary(comparison(made))
-    assert titles[-1] == "Fréchet"
-    assert sorted(line[-1] for line in lines)[-2:] == ["-", "0.00"]
+    _, titles, lines = next(table for table in tables.summary(comparison(made)) if table[0] == "Sample quality")
+    assert titles == ["of", "prior", "Fréchet"]
+    assert [line[-1] for line in lines] == ["0.00"]
 
 
 @pytest.mark.parametrize("bits", [3.0, 8.0])
 def test_the_best_is_a_trained_prior_even_below_a_baseline(bits: float) -> None:
     made = [row(prior="unigram", level="top", bits_per_code=5.0), row(prior="mine", level="top", bits_per_code=bits)]
     made.append(row(prior="broken", level="top", bits_per_code=math.nan))
-    lines = tables.arrange(comparison(made)).lines
+    lines = tables.arrange(comparison(made))[0].lines
     assert [line.prior for line in lines if line.best] == ["mine"]
     assert not any(cell.best for line in lines if line.prior != "mine" for cell in line.cells)
     assert lines[-1].cells[0].text == "nan"
 
 
-def test_every_column_marks_its_own_best_and_ties_alike() -> None:
+def test_every_column_marks_its_own_best_among_trained_priors_and_ties_alike() -> None:
     made = [
         row(prior="a", level="all", bits_per_code=5.00001, frechet=20.0, cas=0.4, parameters=10),
         row(prior="b", level="all", bits_per_code=5.0, frechet=10.0, cas=0.3, parameters=20),
-        row(prior="random", level="all", likelihood="none", frechet=10.0, cas=0.9),
+        row(prior="random", level="all", likelihood="none", frechet=5.0, cas=0.9),
+        row(prior="unigram", level="all", bits_per_code=4.0, frechet=5.0, cas=0.9),
     ]
-    table = tables.arrange(comparison(made))
+    whole = comparison(made) | {"anchors": [row(prior="training images", level="all", frechet=1.0, cas=0.99)]}
     best = {
-        (line.prior, table.columns[at].key) for line in table.lines for at, cell in enumerate(line.cells) if cell.best
+        (line.prior, table.columns[at].key)
+        for table in tables.arrange(whole)
+        for line in table.lines
+        for at, cell in enumerate(line.cells)
+        if cell.best
     }
     assert best == {("a", "bits_per_code"), ("b", "bits_per_code"), ("b", "frechet"), ("a", "cas")}
 
 
-def test_markdown_figures_are_those_of_the_comparison() -> None:
-    made = rows()
-    for place, line in enumerate(made):
-        line |= {"frechet": 1000.25 + place, "kid": 0.0125 * place, "precision": 0.5}
-    cells = markdown_cells(tables.to_markdown(comparison(made)))
-    assert len(cells) == 1 + len(made)
-    keys = {
-        "bits/code": ("bits_per_code", 5e-4),
-        "bits/image": ("bits_per_image", 0.05),
-        "bits/dim": ("bits_per_dim", 5e-4),
-    }
-    keys |= {"Fréchet": ("frechet", 0.005), "KID": ("kid", 5e-5)}
-    for line in cells[1:]:
-        found = dict(zip(cells[0], line, strict=True))
-        source = next(line for line in made if (line["level"], line["prior"]) == (found["level"], found["prior"]))
-        for title, (key, tolerance) in keys.items():
-            if source[key] is None:
-                assert found[title] == "-"
-            else:
-                assert number(found[title]) == pytest.approx(source[key], abs=tolerance * 1.001)
-        assert (source["likelihood"] == "bound") == ("≤" in found["bits/code"])
-        assert ("**" in found["bits/code"]) == (source["prior"] == "transformer")
+def test_sample_quality_stands_in_groups_nearest_first_and_anchors_last() -> None:
+    table = next(table for table in tables.arrange(judged()) if table.key == "quality")
+    assert [group.title for group in table.groups] == [tables.TRAINED, tables.SCALE, tables.ANCHORS]
+    trained, scale, anchors = ([line.prior for line in group.lines] for group in table.groups)
+    assert trained == ["roundtrip", "transformer", "pixelcnn"]
+    assert scale == ["unigram", "uniform"]
+    assert anchors == ["training images", "reconstructions", "shuffled labels"]
+    assert not any(cell.best for line in table.groups[2].lines for cell in line.cells)
+
+
+def test_compression_starts_with_plain_codes_which_stand_for_uniform() -> None:
+    table = next(table for table in tables.arrange(judged()) if table.key == "compression")
+    assert [line.prior for line in table.lines] == [
+        *(tables.PLAIN_CODES, "transformer", "pixelcnn", "roundtrip", "unigram"),
+    ]
+    cells = {line.prior: dict(zip([c.title for c in table.columns], line.cells, strict=True)) for line in table.lines}
+    assert str(cells["roundtrip"]["ratio to raw"]).startswith("≥ ")
+    assert str(cells["roundtrip"]["bytes/image"]).startswith("≤ ")
+    assert cells[tables.PLAIN_CODES]["PSNR"].text == "23.46 dB"
+    without = judged() | {"codes": None, "reconstruction": None}
+    table = next(table for table in tables.arrange(without) if table.key == "compression")
+    assert "uniform" in [line.prior for line in table.lines]
+    assert "PSNR" not in [column.title for column in table.columns]
+
+
+def test_every_figure_in_markdown_is_that_of_the_comparison() -> None:
+    whole = judged()
+    found = markdown_tables(tables.to_markdown(whole))
+    arranged = tables.arrange(whole)
+    assert list(found) == [table.title for table in arranged]
+    checked = 0
+    for table in arranged:
+        titles, *lines = found[table.title]
+        assert len(lines) == len(table.lines)
+        for group, prior, *cells in lines:
+            source = source_of(whole, table, group, prior)
+            for title, cell, column in zip(titles[2:], cells, table.columns, strict=True):
+                assert title == column.title
+                check_cell(cell, source, column)
+                checked += cell != "-"
+    assert checked > 150
+
+
+def test_every_figure_on_the_page_is_that_of_the_comparison(tmp_path: Path) -> None:
+    whole = judged()
+    reader = Reader(written(tmp_path / "report.html", whole))
+    arranged = tables.arrange(whole)
+    headings = {"all levels": "all", "anchors: no prior's samples": tables.ANCHORS}
+    for table, shown in zip(arranged, reader.tables, strict=False):
+        titles, *lines = shown
+        assert titles == ["prior", *(column.title for column in table.columns)]
+        group, seen = table.groups[0].title, []
+        for line in lines:
+            if len(line) == 1:
+                group = headings.get(line[0], line[0])
+                continue
+            prior, *cells = line
+            source = source_of(whole, table, group, prior)
+            seen.append((group, prior))
+            for cell, column in zip(cells, table.columns, strict=True):
+                check_cell(cell.removesuffix(" (best)"), source, column)
+        assert seen == [(own.title, line.prior) for own in table.groups for line in own.lines]
 
 
 def test_markdown_keeps_hostile_names_in_their_cell() -> None:
     made = [*rows(), row(prior=HOSTILE, level="top", bits_per_code=5.9)]
-    cells = markdown_cells(tables.to_markdown(comparison(made)))
-    assert {len(line) for line in cells} == {len(cells[0])}
-    assert not any(re.search(r"(?<!\\)[<`|]", cell) for line in cells for cell in line)
+    for cells in markdown_tables(tables.to_markdown(comparison(made))).values():
+        assert {len(line) for line in cells} == {len(cells[0])}
+        assert not any(re.search(r"(?<!\\)[<`|]", cell) for line in cells for cell in line)
 
 
 @pytest.mark.parametrize(
@@ -211,107 +345,92 @@ def test_times_have_a_fitting_unit(value: float, text: str) -> None:
     assert columns._seconds(value) == text
 
 
-def test_the_legend_says_on_what_was_measured_and_only_what_stands_in_the_table() -> None:
-    assert "10,000 images of the test split" in dict(tables.legend(comparison()))["held out"]
-    assert "on 10,000 of the 12,345 images of" in dict(tables.legend(comparison(images_available=12345)))["held out"]
-    assert "not held out" in dict(tables.legend(comparison(split="train")))["held out"]
-    assert "flatter" in dict(tables.legend(comparison(split="validation")))["held out"]
-    full = dict(tables.legend(comparison()))
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (812, "812 B"), (81_234, "81.2 kB"), (1_234_567_890, "1.23 GB")]
+)
+def test_memory_is_in_powers_of_1000(value: float, text: str) -> None:
+    assert columns._bytes(value) == text
+
+
+def test_the_legend_says_on_what_was_measured_and_only_what_stands_in_the_tables() -> None:
+    assert "10,000 images of the test split" in dict(legend(comparison()))["held out"]
+    assert "on 10,000 of the 12,345 images of" in dict(legend(comparison(images_available=12345)))["held out"]
+    assert "not held out" in dict(legend(comparison(split="train")))["held out"]
+    assert "flatter" in dict(legend(comparison(split="validation")))["held out"]
+    full = dict(legend(comparison()))
     assert "4.200" in full["bits/dim"]
     assert "resized" in full["bits/dim"]
-    plain = dict(tables.legend(comparison([row(prior="unigram", level="top", bits_per_code=2.0)])))
+    plain = dict(legend(comparison([row(prior="unigram", level="top", bits_per_code=2.0)])))
     assert set(full) - set(plain) == {"≤", "±", "bits/dim"}
+    whole = dict(legend(judged()))
+    new = {"sample quality", "anchors", "memory", "ratio to raw", "PSNR, SSIM", "Fréchet", "KID", "precision", "CAS"}
+    assert set(whole) - set(full) == new
+    assert "classifier" in whole["sample quality"]
+    assert "24,576" in whole["ratio to raw"]
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_charts_are_repeatable_svg_with_every_name_and_figure(dark: bool) -> None:
-    chart = plots.bits_chart(rows(), dark=dark)
-    assert chart == plots.bits_chart(rows(), dark=dark)
-    words = "".join(ElementTree.fromstring(chart).itertext())
-    assert all(
-        text in words for text in ("transformer", "5.13", "≤ 6.31", "unigram 6.83", "uniform 9.00", "all levels")
-    )
-    drawn = plots.learning_curves(curves(), dark=dark)
-    words = "".join(ElementTree.fromstring(drawn).itertext())
-    assert all(text in words for text in ("pixelcnn", "unigram", "steps", "seconds of training", "top"))
-
-
-def test_charts_as_png_are_opaque() -> None:
-    for drawn in (plots.bits_chart(rows(), kind="png"), plots.learning_curves(curves(), kind="png")):
-        with Image.open(io.BytesIO(drawn)) as image:
-            assert image.convert("RGBA").getextrema()[3] == (255, 255)
-
-
-def test_charts_take_hostile_names_and_gaps() -> None:
-    made = [
-        *rows(),
-        row(prior=HOSTILE, level="top", bits_per_code=0.01),
-        row(prior="a,b" * 30, level="top", bits_per_code=1.0),
-    ]
-    ElementTree.fromstring(plots.bits_chart(made))
-    ElementTree.fromstring(plots.bits_chart([row(prior="uniform", level="top", bits_per_code=0.0)]))
-    drawn = curves(HOSTILE) + [curve | {"unigram": None, "seconds": [None, None, 2.0]} for curve in curves("$x^$")]
-    ElementTree.fromstring(plots.learning_curves([drawn[0] | {"steps": [], "seconds": []}, *drawn]))
-
-
-def test_charts_of_nothing_say_so() -> None:
-    with pytest.raises(ValueError, match="bits per code"):
-        plots.bits_chart([row(prior="random", level="all", likelihood="none")])
-    with pytest.raises(ValueError, match="point"):
-        plots.learning_curves([curves()[0] | {"bits_per_code": [math.nan] * 3}])
-
-
-def test_every_row_and_figure_stands_on_the_page(tmp_path: Path) -> None:
-    anchors = [row(prior="reconstructions", level="all", frechet=12.34)]
-    everything = comparison(codec_fingerprint="9f2c", seed=0, data=None) | {"anchors": anchors}
-    figures = [Figure("grid", "64 samples", png(), "samples of pixelcnn")]
-    text = written(tmp_path / "report.html", everything, figures, curves(), ["the transformer leads"])
-    table = text[text.index('<table class="figures">') : text.index("</table>")]
-    bodies = table.split("<tbody>")[1:]
-    assert len(bodies) == 4
-    for body, level in zip(bodies, ("top", "bottom", "all"), strict=False):
-        for line in (line for line in rows() if line["level"] == level):
-            shown = next(part for part in body.split("<tr") if f'<span class="name">{line["prior"]}</span>' in part)
-            assert f"{line['bits_per_code']:.3f}" in shown
-            assert shown.startswith(' class="lead"') == (line["prior"] == "transformer")
-    assert "12.34" in bodies[3]
+def test_the_page_has_every_section_in_order_and_in_its_contents(tmp_path: Path) -> None:
+    everything = comparison(codec_fingerprint="9f2c", seed=0, data=None, notices=["Too few images."])
+    text = written(tmp_path / "report.html", everything, sections(), curves(), ["the transformer leads"])
     reader = Reader(text)
-    assert all(word in reader.text for word in ("the transformer leads", "64 samples", "9f2c", "runs/shapes"))
-    assert all(image["alt"] for image in reader.all("img"))
+    keys = ["figures", "bits", "curves", "samples", "positions", "units", "provenance"]
+    assert [heading.get("id") for heading in reader.all("h2")] == keys
+    contents = [link["href"] for link in reader.all("a")]
+    assert [link for link in contents if link != "#units"] == [f"#{key}" for key in keys if key != "units"]
+    known = {attributes.get("id") for _, attributes in reader.tags}
+    assert {str(link).removeprefix("#") for link in contents} <= known
+    assert {attributes.get("aria-labelledby") for _, attributes in reader.tags} - {None} <= known
+    for words in ("the transformer leads", "64 samples", "9f2c", "runs/shapes", "Too few images.", "a note"):
+        assert words in reader.text
+    assert "roundtrip has no map." in reader.text
+    assert all(image["alt"] for image in reader.all("img")[:4])
     assert all(cell.get("scope") for cell in reader.all("th"))
-    assert len(reader.all("img")) == 3
+    assert len(reader.all("img")) == 6
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
-    text = written(tmp_path / "report.html", comparison(), [Figure("grid", "", png(), "")], curves(), [])
+    text = written(tmp_path / "report.html", judged(), sections(), curves(), [])
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     reader = Reader(text)
-    sources = [image["src"] for image in reader.all("img")] + [source["srcset"] for source in reader.all("source")]
-    assert len(sources) == 5
-    assert all(source is not None and source.startswith("data:image/") for source in sources)
-    assert {anchor["href"] for anchor in reader.all("a")} == {"#units"}
+    pictures = [image["src"] for image in reader.all("img")] + [source["srcset"] for source in reader.all("source")]
+    assert len(pictures) == 9
+    assert all(source is not None and source.startswith("data:image/") for source in pictures)
+    assert all(str(anchor["href"]).startswith("#") for anchor in reader.all("a"))
+    policy = next(tag for tag in reader.all("meta") if tag.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def test_hostile_text_is_shown_not_obeyed(tmp_path: Path) -> None:
-    made = [*rows(), row(prior=HOSTILE, level=HOSTILE, bits_per_code=5.9, likelihood=HOSTILE)]
-    hostile = comparison(
-        made, split=HOSTILE, data={HOSTILE: [HOSTILE]}, pixels=HOSTILE, created=HOSTILE, **{HOSTILE: HOSTILE}
-    )
-    figures = [Figure(HOSTILE, HOSTILE, png(), HOSTILE)]
-    text = written(tmp_path / "report.html", hostile | {"run": HOSTILE}, figures, curves(HOSTILE), [HOSTILE])
+    bare = Reader(written(tmp_path / "bare.html", judged(), sections(), curves(), ["plain"]))
+    whole = judged()
+    for line in whole["rows"]:
+        line["prior"] = {"pixelcnn": HOSTILE}.get(line["prior"], line["prior"])
+        line["likelihood"] = HOSTILE
+    whole["anchors"][0]["prior"] = HOSTILE
+    whole["provenance"] |= {"data": {HOSTILE: [HOSTILE]}, "pixels": HOSTILE, "created": HOSTILE, HOSTILE: HOSTILE}
+    whole["provenance"] |= {"notices": [HOSTILE], "quality": {"extractor": HOSTILE, "weights": HOSTILE, "samples": 9}}
+    chart = Chart(HOSTILE, HOSTILE, b"<svg/>", b"<svg/>", HOSTILE)
+    strip = Strip(HOSTILE, (png(), png()), HOSTILE, HOSTILE)
+    named = Strips(HOSTILE, HOSTILE, (Strip(HOSTILE, (png(),), HOSTILE),), columns=(HOSTILE, HOSTILE))
+    parts = (Figure(HOSTILE, HOSTILE, png(), HOSTILE), Strips(HOSTILE, HOSTILE, (strip,), (HOSTILE, "")), named, chart)
+    section = Section("samples", HOSTILE, HOSTILE, parts, (HOSTILE,))
+    path = tmp_path / "report.html"
+    text = written(path, whole | {"run": HOSTILE}, Sections((section,)), curves(HOSTILE), [HOSTILE])
     reader = Reader(text)
-    assert not reader.all("script")
+    assert {tag for tag, _ in reader.tags} <= {tag for tag, _ in bare.tags}
     assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
     assert all(str(image["src"]).startswith("data:") for image in reader.all("img"))
-    assert len(reader.all("img")) == 3
+    assert len(reader.all("img")) == 7
+    assert len(reader.all("a")) == len(bare.all("a")) - 1  # one section fewer
     assert "<script>alert('x')</script>" in unescape(text)
+    assert reader.text.count("<script>alert('x')</script>") > 20
 
 
 def test_the_page_of_a_bare_comparison(tmp_path: Path) -> None:
     bare = {"run": "r", "rows": [row(prior="random", level="all", likelihood="none")], "anchors": [], "provenance": {}}
-    reader = Reader(written(tmp_path / "report.html", bare, [], [], []))
+    reader = Reader(written(tmp_path / "report.html", bare))
     assert not reader.all("img")
-    assert "random" in reader.text
+    assert not reader.tables
     assert "Where this comes from" not in reader.text
 
 
@@ -327,15 +446,6 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
         write_page(path, comparison([]))
     assert path.read_text(encoding="utf-8") == first
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_small_pictures_are_enlarged_by_whole_factors() -> None:
-    figure = Figure("", "", png(34, 17), "")
-    assert (figure.zoom, figure.width, figure.height) == (16, 544, 272)
-    large = Figure("", "", png(600, 20), "")
-    assert (large.zoom, large.width) == (1, 600)
-    with pytest.raises(ValueError, match="no PNG"):
-        Figure("grid", "", b"<svg/>", "")
 
 
 def test_provenance_is_lines_of_text_known_keys_first() -> None:
