@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from pipelines.train_codes import some_images
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
 from vqgen.data import load_data
-from vqgen.errors import InputError, did_you_mean
 from vqgen.files import write_json
 from vqgen.images import image_grid, save_png, to_float, to_uint8
 from vqgen.metrics import mse, psnr
 from vqgen.run_folder import RunFolder
-from vqgen.splits import SPLITS
+from vqgen.splits import check_split
 
 
 def reconstruct(
@@ -33,9 +33,7 @@ def reconstruct(
     Raises:
         InputError: an unknown split, or the run has no codec yet.
     """
-    if split not in SPLITS:
-        hint = f"{did_you_mean(split, SPLITS)} Known: {', '.join(SPLITS)}.".strip()
-        raise InputError(f"There is no split '{split}'.", hint)
+    check_split(split)
     run.require_stage("codec", "train-codes --resume")
     codec = HierarchicalVQVAE.from_pretrained(run.codec).to(Accelerator().device)
     config = run_settings(run, source=source)
@@ -43,25 +41,38 @@ def reconstruct(
     data.splits[split].set_epoch(None)
     originals = some_images(data.splits[split], count)
     targets = to_float(originals).to(next(codec.parameters()).device)
-    names = [level.name for level in codec.levels]
-    columns, captions, figures = [originals], ["original"], {}
+    columns, figures = [originals], {}
     with torch.no_grad():
         codes = codec.encode(targets)
-        for depth in range(1, len(names) + 1):
+        for depth, name in enumerate(depth_names(codec), start=1):
             made = codec.decode(codes[:depth])
-            caption = "+".join(names[:depth]) if depth < len(names) or depth == 1 else "all levels"
-            captions.append(caption)
             columns.append(to_uint8(made).cpu())
-            figures["+".join(names[:depth])] = {
-                "mse": float(mse(made, targets).mean()),
-                "psnr": float(psnr(made, targets).mean()),
-            }
+            figures[name] = {"mse": float(mse(made, targets).mean()), "psnr": float(psnr(made, targets).mean())}
     folder = out or run.path / "reconstruct"
     rows = torch.stack(columns, dim=1).flatten(0, 1)
+    captions = ["original", *depth_captions(codec)]
     save_png(folder / "grid.png", image_grid(rows, columns=len(columns), column_names=captions))
     record: dict[str, Any] = {"split": split, "images": len(originals), "levels": figures}
-    if codec.config.level_dropout == 0 and len(names) > 1:
-        record["note"] = "Decoding from a part of the levels was not trained for (codec.level_dropout is 0)."
+    if untrained_depths(codec):
+        record["note"] = untrained_depths(codec)
         console.say(record["note"])
     write_json(folder / "reconstruct.json", record)
     return {**record, "grid": str(folder / "grid.png")}
+
+
+def depth_names(codec: HierarchicalVQVAE) -> list[str]:
+    """What the codec can be decoded from, from the coarsest level alone to all: ``top``, ``top+bottom``."""
+    return list(accumulate((level.name for level in codec.levels), lambda some, name: f"{some}+{name}"))
+
+
+def depth_captions(codec: HierarchicalVQVAE) -> list[str]:
+    """`depth_names` for people: the last of several is all levels."""
+    names = depth_names(codec)
+    return names if len(names) == 1 else [*names[:-1], "all levels"]
+
+
+def untrained_depths(codec: HierarchicalVQVAE) -> str:
+    """What is to be said where the decoder never met a part of the levels in training; else nothing."""
+    if codec.config.level_dropout > 0 or len(codec.levels) == 1:
+        return ""
+    return "Decoding from a part of the levels was not trained for (codec.level_dropout is 0)."
