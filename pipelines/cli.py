@@ -14,13 +14,15 @@ from collections.abc import Sequence
 
 import click
 
-from pipelines import cli_about, cli_results, cli_train
+from pipelines import cli_about, cli_compress, cli_evaluate, cli_results, cli_score, cli_sweep, cli_train
 from pipelines.cli_options import again
 from vqgen import __version__
 from vqgen.errors import Interrupted, VqgenError
 
 SHARED = ("run", "train-codes", "train-prior")
 """Commands whose work is shared by all processes of a launcher."""
+RESUMABLE = (*SHARED, "sweep")
+"""Commands that go on where they were interrupted."""
 
 
 class Commands(click.Group):
@@ -53,13 +55,17 @@ def call(arguments: Sequence[str]) -> int:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo(f"Interrupted. {again(arguments) if arguments[0] in SHARED else ''}".rstrip(), err=True)
+        click.echo(f"Interrupted. {again(arguments) if arguments[0] in RESUMABLE else ''}".rstrip(), err=True)
         return Interrupted.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno == errno.ENAMETOOLONG:
+            cure = "Give a shorter one."
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            cure = "Free some space or choose another folder with --run."
+        else:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        click.echo(f"Error: {error.strerror}{place}. Free some space or choose another folder with --run.", err=True)
+        click.echo(f"Error: {error.strerror}{place}. {cure}", err=True)
         return VqgenError.exit_code
     return 0
 
@@ -75,10 +81,15 @@ for command in (
     cli_train.train_codes_command,
     cli_train.encode_command,
     cli_train.train_prior_command,
+    cli_sweep.sweep_command,
     cli_results.sample_command,
     cli_results.reconstruct_command,
+    cli_evaluate.evaluate_command,
     cli_results.compare_command,
+    cli_score.score_command,
     cli_results.diagnose_command,
+    cli_compress.compress_command,
+    cli_compress.decompress_command,
     cli_about.info_command,
     cli_about.priors_command,
     cli_about.presets_command,
