@@ -36,7 +36,7 @@ QUICK = {
     "compare": ["-n", "4", "--samples", "4"],
     "diagnose": ["-n", "4"],
 }
-LATER = ("sample --keep-best 2 -n 2 --out best", "diagnose -n 4")
+LATER = ("sample --keep-best 2 -n 2 --out best", "diagnose -n 4", "evaluate -n 4", "score -n 4")
 """What makes the parts of a run that the commands of the console blocks do not."""
 LEVELS = level_names(2)
 NAMED_PER_LEVEL = ("temperature", "top_k", "top_p", "guidance")
