@@ -125,6 +125,8 @@ def plan_quality(request: QualityRequest, run: RunFolder, store: CodeStore, imag
     training = min(samples, store.info.splits["train"])
     notices = []
     lacking, hint = shortfall(test, min(samples, training)), "Give more with -n and --samples."
+    if shortfall(store.info.splits["test"], SAMPLES):
+        hint = f"The run's test split has only {store.info.splits['test']:,} images."
     if not has_torchmetrics():
         lacking = "Sample quality needs torchmetrics, which is not installed."
         hint = "Install it with: pip install 'vqgen[metrics]'"

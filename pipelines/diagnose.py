@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from pipelines.compare import fit_baseline
 from pipelines.diagnosis.codec_figures import CodecFigures, measure_codebook, measure_codec
 from pipelines.diagnosis.codec_verdicts import codebook_verdict, codec_verdicts
 from pipelines.diagnosis.commands import Commands
@@ -39,9 +38,10 @@ from pipelines.diagnosis.prior_figures import PriorFigures, measure_prior, sampl
 from pipelines.diagnosis.prior_verdicts import Evidence, prior_verdicts
 from pipelines.diagnosis.record import Diagnosis, as_record
 from pipelines.diagnosis.sample_verdicts import sample_verdicts
-from pipelines.likelihood import run_images
 from pipelines.report.diagnosis import write_diagnosis_page
 from pipelines.run_codes import check_levels, open_codes
+from pipelines.run_images import run_images
+from pipelines.run_priors import fit_baseline
 from pipelines.sample import SampleRequest, Samples, best_priors, draw_samples, load_priors, trained_priors
 from pipelines.settings import run_settings
 from priors.autoregressive import AutoregressivePrior

@@ -129,17 +129,21 @@ def classes_in_turn(
     return spread(among, count), None
 
 
+def class_shares(store: CodeStore) -> Tensor:
+    """(Y,) float64: share of each class among the training labels, 1/2 added to each count; empty where unlabelled."""
+    labels = store.split("train").labels()
+    if labels is None:
+        return torch.zeros(0, dtype=torch.float64)
+    counts = torch.from_numpy(np.bincount(labels, minlength=len(store.info.class_names))).double() + 0.5
+    return counts / counts.sum()
+
+
 def label_nats(store: CodeStore, indices: Sequence[int]) -> Tensor:
-    """-log of the share of each test image's label among the training labels, 1/2 added to each count: (B,) float64."""
-    classes = len(store.info.class_names)
-    if not classes:
+    """-log of the share of each test image's label among the training labels (`class_shares`): (B,) float64."""
+    labels = store.split("test").labels()
+    if labels is None:
         return torch.zeros(len(indices), dtype=torch.float64)
-    counts = torch.full((classes,), 0.5, dtype=torch.float64)
-    for _, _, label in code_batches(store.split("train"), 0):
-        assert label is not None
-        counts += torch.bincount(label, minlength=classes)
-    labels = torch.cat([label for _, _, label in code_batches(store.split("test"), 0, indices) if label is not None])
-    return -(counts / counts.sum()).log()[labels]
+    return -class_shares(store).log()[torch.from_numpy(labels[np.asarray(indices)])]
 
 
 def code_density(prior: Prior, held_out: HeldOut, level: int, console: Console) -> Density:

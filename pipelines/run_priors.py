@@ -1,13 +1,15 @@
-"""A run's trained priors: which there are, the best of each level, and loading them for sampling and comparing."""
+"""A run's trained priors: which there are, the best of each level, and loading them, and counting baselines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.run_codes import code_batches, prior_spec
 from priors import registry
 from priors.base import LatentPrior, Prior
 from priors.sampling import SampleOptions
+from vqgen.code_store import CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.errors import InputError, MismatchError
 from vqgen.hub import fingerprint
@@ -70,6 +72,13 @@ def load_priors(run: RunFolder, chosen: Mapping[str, str], codec: HierarchicalVQ
             )
         priors.append(prior)
     return priors
+
+
+def fit_baseline(name: str, store: CodeStore, level: int) -> Prior:
+    """A prior without training, counted on the training codes."""
+    prior = registry.get(name)({}, prior_spec(store, level))
+    prior.prepare(code_batches(store.split("train"), level))
+    return prior.eval()
 
 
 def check_guidance(run: RunFolder, priors: Sequence[Prior], options: Mapping[str, SampleOptions]) -> None:

@@ -41,7 +41,8 @@ from priors.base import Prior
 from vqgen.code_store import CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
-from vqgen.errors import InputError
+from vqgen.errors import InputError, VqgenError
+from vqgen.files import read_json
 from vqgen.hub import fingerprint
 from vqgen.images import to_float
 from vqgen.losses import discretized_gaussian_nats
@@ -137,6 +138,8 @@ def score(run: RunFolder, request: ScoreRequest, name: str, console: Console) ->
     ]
     if len(sets) > 1:
         refuse_same(*sets)
+    if other := earlier_sources(run.scores(name), sets):
+        console.warn(f"{run.scores(name)} holds scores of {other}; they are replaced. --out names another folder.")
     scored = [score_set(scorer, images, console) for images in sets]
     without = [prior.spec.target.name for prior in priors if prior.spec.target.name not in scored[0].maps]
     if request.maps and without:
@@ -171,6 +174,15 @@ def refuse_same(images: ScoredSet, outliers: ScoredSet) -> None:
             f"--against {outliers.source}: these are the images that it is to be told from.",
             "Name other images, or another --split of --data.",
         )
+
+
+def earlier_sources(folder: Path, sets: Sequence[ScoredSet]) -> str:
+    """What ``folder`` holds scores of, where that is not ``sets``: sources in other folders can have one name."""
+    try:
+        before = [found["source"] for found in read_json(folder / "scores.json")["sets"]]
+    except (VqgenError, LookupError, TypeError):
+        return ""
+    return "" if before == [images.source for images in sets] else " and ".join(map(str, before))
 
 
 def density_priors(

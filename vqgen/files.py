@@ -41,6 +41,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2) + "\n")
 
 
+def csv_text(text: str) -> str:
+    """``text`` as a cell of a CSV file: an apostrophe stands before what a spreadsheet would run as a formula.
+
+    Numbers keep their sign.
+    """
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return text
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
@@ -113,6 +125,21 @@ def replace_folder(source: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a path that could not be written, before the work is done whose result it is to take.
+
+    Raises:
+        InputError: it lies below a file, its name is too long, or there is no permission.
+    """
+    with disk_errors(path):
+        above = next((place for place in path.parents if place.exists()), Path())
+        path.exists()  # a name that is too long is an error here
+    if not above.is_dir():
+        raise InputError(f"{path} cannot be written: {above} is a file.", "Choose another folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written (no permission in {above}).", "Choose another folder.")
 
 
 @contextmanager

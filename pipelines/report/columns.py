@@ -32,8 +32,12 @@ class Column:
     """The column that holds its standard error."""
 
 
+HUGE = 1e9
+"""Figures from here on, such as a distance in the features of a codec that has learned nothing, are short powers."""
+
+
 def _fixed(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:,.{digits}f}"
+    return lambda value: f"{value:,.{digits}f}" if abs(value) < HUGE else f"{value:.3g}"
 
 
 def _count(value: float) -> str:

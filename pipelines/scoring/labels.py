@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from pipelines.likelihood import class_shares
 from pipelines.scoring.bits import MOST_CLASSES, Labels, LabelUse
 from priors.base import Prior
 from priors.baselines import IndependentPrior
@@ -35,8 +32,8 @@ def choose_labels(run: RunFolder, store: CodeStore, priors: Sequence[Prior], use
         use = "marginal" if classes <= MOST_CLASSES else "none"
         if use == "none" and blind:
             raise InputError(
-                f"{run.path} has {classes} classes, and {_named(blind)} was trained without label dropout, so it has "
-                "no likelihood without a label.",
+                f"{run.path} has {classes} classes, and without label dropout in training there is no likelihood "
+                f"without a label: {_named(blind)}.",
                 f"Choose --label marginal (a sum over all classes, {classes} passes of each prior for an image) or "
                 "--label given (labels of the images themselves).",
             )
@@ -45,7 +42,7 @@ def choose_labels(run: RunFolder, store: CodeStore, priors: Sequence[Prior], use
         command = run.command(f"{again} --set priors.{blind[0].name}.label_dropout=0.1")
         cure = f", or train it with `{command}`" if hasattr(blind[0].config, "label_dropout") else ""
         raise InputError(
-            f"--label none: {_named(blind)} was trained without label dropout: it has no likelihood without a label.",
+            f"--label none: {_named(blind)}: trained without label dropout, so there is no likelihood without a label.",
             f"Choose --label marginal{cure}.",
         )
     return Labels(use, None if use == "none" else class_shares(store))
@@ -54,14 +51,6 @@ def choose_labels(run: RunFolder, store: CodeStore, priors: Sequence[Prior], use
 def works_without_label(prior: Prior) -> bool:
     """Whether a class-conditional prior knows the density without a label too: counted, or trained by hiding some."""
     return isinstance(prior, IndependentPrior) or float(getattr(prior, "label_dropout", 0.0)) > 0
-
-
-def class_shares(store: CodeStore) -> Tensor:
-    """(Y,) float64: share of each class among the training labels, 1/2 added to each count."""
-    labels = store.split("train").labels()
-    assert labels is not None
-    counts = torch.from_numpy(np.bincount(labels, minlength=len(store.info.class_names))).double() + 0.5
-    return counts / counts.sum()
 
 
 def _named(priors: Sequence[Prior]) -> str:

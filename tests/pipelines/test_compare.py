@@ -385,7 +385,7 @@ def test_a_run_that_lists_no_priors(run_copy: Path, fails: Fails) -> None:
         (["--train", "--minutes", "1", "--prior", "pixelcnn", "--set", "priors.pixelcnn.widht=8"], ["widht", "width"]),
         (["--no-quality", "--extractor", "codec"], ["--no-quality", "--extractor"]),
         (["--no-quality", "--cas"], ["--no-quality", "--cas"]),
-        (["--extractor", "classifier"], ["too few", "at least 100 are needed"]),
+        (["--extractor", "classifier"], ["too few", "at least 100 are needed", "test split has only 6 images"]),
         (["--cas"], ["too few", "at least 100 are needed"]),
     ],
 )

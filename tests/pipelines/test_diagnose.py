@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from pipelines import cli
-from pipelines.compare import fit_baseline
 from pipelines.diagnose import left_out
 from pipelines.diagnosis.codec_figures import CodecFigures
 from pipelines.diagnosis.codec_verdicts import codec_verdicts
@@ -45,6 +44,7 @@ from pipelines.diagnosis.prior_verdicts import Evidence, prior_verdicts, region
 from pipelines.diagnosis.sample_verdicts import sample_verdicts
 from pipelines.encode import encode_splits
 from pipelines.run_codes import prior_spec
+from pipelines.run_priors import fit_baseline
 from pipelines.settings import merged_settings, prior_settings_of_run, run_settings
 from priors.autoregressive import AutoregressivePrior
 from priors.base import Density, Prior

@@ -352,6 +352,19 @@ def test_memory_is_in_powers_of_1000(value: float, text: str) -> None:
     assert columns._bytes(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(3.37140382e14, "3.37e+14"), (-4e9, "-4e+09"), (999_999_999.0, "999,999,999.00")]
+)
+def test_huge_figures_do_not_stretch_the_table(value: float, text: str) -> None:
+    assert columns._fixed(2)(value) == text
+
+
+def test_a_huge_figure_and_its_error_are_one_cell() -> None:
+    column = next(column for column in columns.QUALITY if column.key == "kid")
+    row = {"prior": "a", "kid": 3.37e14, "kid_standard_error": 5.79e13}
+    assert (column.write(row["kid"]), tables._error(row, column)) == ("3.37e+14", "± 5.79e+13")
+
+
 def test_the_legend_says_on_what_was_measured_and_only_what_stands_in_the_tables() -> None:
     assert "10,000 images of the test split" in dict(legend(comparison()))["held out"]
     assert "on 10,000 of the 12,345 images of" in dict(legend(comparison(images_available=12345)))["held out"]

@@ -229,6 +229,17 @@ def test_it_says_where_things_are_and_what_is_next(scored_run: Path, capsys: pyt
     assert "priors: top" in err
 
 
+def test_scores_of_other_images_are_not_replaced_without_a_word(
+    scored_run: Path, tmp_path: Path, speckles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "speckles.npy").write_bytes(speckles.read_bytes())
+    call = ["score", "--run", str(scored_run), "-n", "2", "--data"]
+    for source, told in ((speckles, False), (speckles, False), (tmp_path / "speckles.npy", True)):
+        assert cli.call([*call, str(source)]) == 0
+        said = capsys.readouterr().err
+        assert (f"holds scores of {speckles}; they are replaced" in said) == told
+
+
 def test_names_of_folders_say_what_was_asked_for() -> None:
     assert ScoreRequest().default_name() == "own"
     assert ScoreRequest("a/b c.npz", against="../odd/", label="none").default_name() == "b-c-against-odd-none"

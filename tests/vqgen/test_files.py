@@ -14,7 +14,16 @@ import pytest
 from safetensors import SafetensorError
 
 from vqgen.errors import InputError
-from vqgen.files import atomic_folder, disk_errors, locked, read_json, write_json, write_text
+from vqgen.files import (
+    atomic_folder,
+    csv_text,
+    disk_errors,
+    locked,
+    read_json,
+    require_writable,
+    write_json,
+    write_text,
+)
 
 
 def test_write_text_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +84,25 @@ def test_disk_errors_of_safetensors_and_permissions(tmp_path: Path) -> None:
         fail(ValueError("other"))
 
 
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine", encoding="utf-8")
+    for path in (Path("new"), Path("file"), Path("a/b/c"), Path(), tmp_path / "a", Path("/")):
+        require_writable(path)
+    for path in (Path("file/new"), tmp_path / "file" / "a" / "b"):
+        with pytest.raises(InputError, match="file is a file"):
+            require_writable(path)
+    for path in (Path("x" * 300), Path("x" * 300) / "y"):
+        with pytest.raises(InputError, match="File name too long"):
+            require_writable(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # nothing is forbidden to a superuser
+    with pytest.raises(InputError, match=r"no permission in \."):
+        require_writable(Path("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_lock_is_held_by_one_process_and_released_with_it(tmp_path: Path) -> None:
     script = "import sys, time; from pathlib import Path; from vqgen.files import locked\n"
     script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -88,3 +116,13 @@ def test_a_lock_is_held_by_one_process_and_released_with_it(tmp_path: Path) -> N
         other.kill()
     with locked(tmp_path / ".lock"):
         pass
+
+
+@pytest.mark.parametrize("text", ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1"])
+def test_what_a_spreadsheet_would_run_becomes_text(text: str) -> None:
+    assert csv_text(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["", "cat", "a=b", "-1", "+2.5e-3", "<script>"])
+def test_other_cells_stay_as_they_are(text: str) -> None:
+    assert csv_text(text) == text
