@@ -133,7 +133,7 @@ def compare(
             with peak_memory(device) as memory:
                 drawn[label] = draw_samples(codec, priors, store, request, console, title=f"sampling: {label}")
             full[label] = mix
-            add_cost(rows, label, priors, drawn[label], memory.peak)
+            add_cost(rows, label, priors, drawn[label], memory.grown)
     rows = unique_rows([*rows, *map(source_row, registry.SOURCES)])
 
     reference, rests_on = None, None

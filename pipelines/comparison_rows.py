@@ -164,11 +164,12 @@ def _finite(value: Tensor) -> float | None:
 
 
 def add_cost(
-    rows: Sequence[dict[str, Any]], label: str, priors: Sequence[Prior], drawn: Samples, peak: int | None
+    rows: Sequence[dict[str, Any]], label: str, priors: Sequence[Prior], drawn: Samples, grown: int | None
 ) -> None:
     """Fill ``samples_per_second`` of each level's prior and of all levels with the decoder, and ``sample_memory``.
 
-    ``peak`` are the bytes that drawing ``drawn`` took at most; all levels are drawn together, so only ``all`` has it.
+    ``grown`` are the bytes that drawing ``drawn`` took beside the priors' weights, which are added; all levels
+    are drawn together, so that only ``all`` has it.
     """
     count = len(drawn.images)
     seconds = {(prior.name, prior.spec.target.name): drawn.seconds[prior.spec.target.name] for prior in priors}
@@ -178,7 +179,12 @@ def add_cost(
         if taken is not None and row["samples_per_second"] is None:
             row["samples_per_second"] = count / max(taken, 1e-9)
         if (row["prior"], row["level"]) == (label, "all"):
-            row["sample_memory"] = peak
+            row["sample_memory"] = None if grown is None else grown + sum(map(_weights, priors))
+
+
+def _weights(prior: Prior) -> int:
+    """Bytes of a prior's parameters and buffers."""
+    return sum(held.numel() * held.element_size() for held in (*prior.parameters(), *prior.buffers()))
 
 
 def unique_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,10 +11,15 @@ What is measured depends on the machine, and `meaning` says which it is:
 - where even that is not told (Windows), None.
 
 Of several processes each measures itself. Spans do not nest: an inner one would set the mark of the outer one back.
+
+How far the memory rose above what was held as the work began (`Span.grown`) is known in the first two cases. So that
+it does not depend on what ran before, memory that was freed but kept by the allocator is given back first (glibc).
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -35,6 +40,8 @@ class Span:
     def __init__(self) -> None:
         self.peak: int | None = None
         """Bytes, or None where the system does not tell."""
+        self.grown: int | None = None
+        """Bytes above what was held at the beginning; None where the mark cannot be set back."""
 
 
 @contextmanager
@@ -43,12 +50,17 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Span]:
     span, device = Span(), torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         yield span
         span.peak = torch.cuda.max_memory_allocated(device)
+        span.grown = span.peak - before
         return
-    reset = _reset_mark()
+    _give_back()
+    start = _mark() if _reset_mark() else None
     yield span
-    span.peak = _mark() if reset else _ever()
+    span.peak = _ever() if start is None else _mark()
+    if start is not None and span.peak is not None:
+        span.grown = span.peak - start
 
 
 def meaning(device: torch.device | str = "cpu") -> str:
@@ -60,6 +72,15 @@ def meaning(device: torch.device | str = "cpu") -> str:
     if _ever() is not None:
         return "the most memory the whole process had resident since it began"
     return "not measured on this system"
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system, where the C library can be asked to."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _reset_mark() -> bool:

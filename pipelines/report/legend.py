@@ -53,7 +53,8 @@ def legend(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     if any(row.get("train_memory") is not None or row.get("sample_memory") is not None for row in rows):
         what = provenance.get("memory") or "the most that was in use at once"
-        notes.append(("memory", f"{what}, in powers of 1000 bytes."))
+        sampling = "of sampling, a prior's weights and what drawing takes beside them"
+        notes.append(("memory", f"of training, {what}; {sampling}; in powers of 1000 bytes."))
     notes.extend(_compression_notes(comparison))
     return notes
 

@@ -223,13 +223,13 @@ def test_the_tables_of_the_report_are_compare_json(measured_run: Path) -> None:
         for title, key in TITLES[table].items():
             if title not in cells:
                 continue
-            found = re.search(r"-?[\d,]+(\.\d+)?", cells[title])
+            found = re.search(r"-?[\d,]+(\.\d+)?(e\+\d+)?", cells[title])
             if row[key] is None:
                 assert cells[title] == "-", (table, prior, title)
                 continue
             assert found is not None, (table, prior, title)
-            digits = len(found[1] or ".") - 1
-            assert float(found[0].replace(",", "")) == pytest.approx(row[key], abs=0.5001 * 10**-digits)
+            place = int((found[2] or "e0")[1:]) - len(found[1] or ".") + 1  # of the last digit that is written
+            assert float(found[0].replace(",", "")) == pytest.approx(row[key], rel=0, abs=0.5001 * 10.0**place)
             seen += 1
     assert seen >= 80, "the tables were not found"
     assert {key[2] for key in page.cells if key[0] == "quality"} >= {TRAINING, RECONSTRUCTIONS, SHUFFLED, "transformer"}

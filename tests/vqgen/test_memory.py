@@ -34,6 +34,21 @@ def test_more_work_takes_more() -> None:
     assert 140 * MIB < large - small < 200 * MIB
 
 
+def test_what_the_work_adds_does_not_depend_on_what_came_before() -> None:
+    if not resettable():
+        pytest.skip("this system does not set the high-water mark back")
+    grown = []
+    for before in (0, 200 * MIB):
+        held = np.ones(before, dtype=np.uint8)
+        with memory.peak_memory() as span:
+            block = np.ones(100 * MIB, dtype=np.uint8)
+            del block
+        del held
+        assert span.grown is not None
+        grown.append(span.grown)
+    assert grown == [pytest.approx(100 * MIB, rel=0.1)] * 2
+
+
 @pytest.mark.parametrize("missing", ["STATUS", "CLEAR"])
 def test_without_the_mark_the_whole_process_counts(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -58,8 +73,9 @@ def test_a_gpu_counts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: told.append(str(device)))
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7 * MIB)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 5 * MIB)
     with memory.peak_memory("cuda:0") as span:
         pass
-    assert span.peak == 7 * MIB
+    assert (span.peak, span.grown) == (7 * MIB, 2 * MIB)
     assert told == ["cuda:0"]
     assert "GPU" in memory.meaning("cuda")
