@@ -67,7 +67,7 @@ class CodeUsage:
         elif share >= 0.2:
             word, cure = "fair", "; a smaller codebook_size would cost little"
         elif share >= 0.05:
-            word, cure = "poor", "; train longer, raise codec.revival or lower codec.codebook_size"
+            word, cure = "poor", "; lower codec.training.learning_rate, train longer or lower codec.codebook_size"
         else:
             word, cure = "collapsed", "; use an ema codebook with revival, or lower codec.training.learning_rate"
         return (
