@@ -27,7 +27,7 @@ def _line(name: str, record: dict[str, Any]) -> list[str]:
         return [name, "", "", counts]
     figures = record.get("validation", {})
     keys = ("bits_per_code", "mse", "psnr", "accuracy")
-    shown = [f"{key.replace('_', ' ')} {figures[key]:.4g}" for key in keys if key in figures]
+    shown = [f"{key.replace('_', ' ')} {figures[key]:.4g}" for key in keys if figures.get(key) is not None]
     return [name, f"{record.get('steps', 0):,}", f"{record.get('seconds', 0) / 60:.1f}", ", ".join(shown)]
 
 

@@ -155,6 +155,11 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 def training_minutes(config: Config, minutes: float) -> Config:
     """``config`` with the budget of every model it trains set to ``minutes``."""
+    return every_training(config, f"minutes={minutes}")
+
+
+def every_training(config: Config, assignment: str) -> Config:
+    """``config`` with an assignment such as ``minutes=3`` made in the training of every model it trains."""
     chosen = [choice.values() if isinstance(choice, dict) else [choice] for choice in config.run.priors]
     names = {name for group in chosen for name in group}
     values = config.model_dump(mode="json", exclude_none=True)
@@ -162,7 +167,7 @@ def training_minutes(config: Config, minutes: float) -> Config:
     for name in sorted(names):
         levels = (values["priors"].get(name) or {}).get("levels") or {}
         groups += [f"priors.{name}", *(f"priors.{name}.levels.{level}" for level in levels)]
-    return build(Config, apply_sets(values, [f"{group}.training.minutes={minutes}" for group in groups]))
+    return build(Config, apply_sets(values, [f"{group}.training.{assignment}" for group in groups]))
 
 
 def merged_settings(

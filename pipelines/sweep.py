@@ -14,8 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.settings import save_settings
 from pipelines.sweep_figures import draw, figures_of, measure_images
 from pipelines.sweep_grid import Cell, Plan
@@ -41,6 +39,7 @@ from pipelines.train_prior import train_prior
 from priors import registry
 from vqgen.console import Console, duration
 from vqgen.errors import InputError, Interrupted, VqgenError
+from vqgen.faults import is_of_memory
 from vqgen.files import atomic_folder, require_writable, write_text
 from vqgen.run_folder import RunFolder
 
@@ -159,18 +158,12 @@ def _attempt(
         # What such a hint says of --overwrite is meant for one model; here it would redo every cell.
         return _line(error.message if "--overwrite" in error.hint else str(error))
     except (RuntimeError, MemoryError) as error:
-        if not _is_of_memory(error):
+        if not is_of_memory(error):
             raise
         return _line(f"There is not enough memory ({error}). Lower the batch size or the model's size.")
     if argv:
         run.record_command(argv)
     return None
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. Of torch's own errors only a GPU's has a class."""
-    signs = ("DefaultCPUAllocator", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def train_cell(run: RunFolder, cell: Cell, console: Console, hint: str) -> None:

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import yaml
-
 from pipelines.settings import merged_settings, new_run_settings, parse_priors, training_minutes
 from priors import registry
 from vqgen.codes import level_names
 from vqgen.config import Config
 from vqgen.errors import InputError
+from vqgen.parsing import parse_yaml
 
 LONGEST_VALUE = 40
 LONGEST_NAME = 90
@@ -190,9 +189,9 @@ def split_values(text: str, typed: str = "") -> list[str]:
 
 def _read(text: str, typed: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-        json.dumps(value, default=str)  # a list that holds itself
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        value = parse_yaml(text)
+        json.dumps(value, default=str)  # a mapping whose keys are no text
+    except (ValueError, TypeError) as error:
         raise InputError(f"--grid {typed}: {text} is not valid YAML.") from error
     return json.loads(json.dumps(value, default=str))
 

@@ -22,8 +22,9 @@ from pipelines.sweep_grid import Cell, Plan, text_of
 from vqgen.config import Config, check
 from vqgen.console import Console
 from vqgen.errors import ConfigError, InputError, MismatchError
-from vqgen.files import locked, read_json, write_json
-from vqgen.run_folder import RunFolder, versions
+from vqgen.files import read_json, write_json
+from vqgen.locks import locked
+from vqgen.run_folder import RunFolder, require_enclosed, versions
 from vqgen.training_state import plain, refuse_differences
 
 FORMAT = 1
@@ -114,6 +115,8 @@ def hold(stack: ExitStack, folder: Path) -> None:
     Raises:
         InputError: one is at work there.
     """
+    if folder.is_dir():
+        require_enclosed(folder)
     try:
         stack.enter_context(locked(folder / ".lock"))
     except InputError as error:

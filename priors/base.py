@@ -13,13 +13,15 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from priors.sampling import PLAIN, Noise, SampleOptions
-from vqgen.codes import Codes, LevelSpec
+from vqgen.codes import MAX_SIZE, Codes, LevelSpec
+from vqgen.compiling import Part
 from vqgen.config import Settings
 from vqgen.errors import MismatchError
 from vqgen.hub import HubModel
@@ -36,7 +38,7 @@ class PriorSpec:
     """The level it models."""
     context: tuple[LevelSpec, ...] = ()
     """The coarser levels it is given, coarse to fine."""
-    classes: int = 0
+    classes: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     """Number of labels; 0 where the data has none."""
     class_names: tuple[str, ...] = ()
     codec_fingerprint: str = ""
@@ -121,6 +123,10 @@ class Prior(HubModel):
     def player_modules(self) -> dict[str, nn.Module]:
         """For each player the module that holds exactly its parameters."""
         return dict.fromkeys(self.players, self)
+
+    def compilable(self) -> Sequence[Part]:
+        """What ``training.compile`` compiles of it: methods of tensors alone, without collectives; none by default."""
+        return ()
 
     def prepare(self, batches: Batches) -> None:
         """Once before training, over the training codes: what is counted rather than learned, into buffers.

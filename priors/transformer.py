@@ -37,9 +37,9 @@ class TransformerConfig(Settings):
 
     dim: int = Field(256, ge=4)
     """Width of the residual stream."""
-    depth: int = Field(6, ge=1)
+    depth: int = Field(6, ge=1, le=1000)
     """Blocks of attention and feedforward."""
-    heads: int = Field(8, ge=2)
+    heads: int = Field(8, ge=2, le=1024)
     """Attention heads, each dim / heads wide; at least 2, as x-transformers builds a single head differently."""
     kv_heads: int = Field(2, ge=1)
     """Heads of keys and values, shared by the others (Ainslie et al. 2023, arXiv 2305.13245); few sample faster."""

@@ -37,14 +37,16 @@ def test_the_entry_point_is_the_only_upward_import() -> None:
 
 
 LAYERS = (
-    {"__init__", "errors", "files", "codes", "problems", "config", "presets"},
+    {"__init__", "errors", "files", "codes", "parsing", "problems", "config", "presets"},
     {
         *("blocks", "code_info", "console", "hub", "images", "interrupts", "losses", "memory", "metrics", "optimizers"),
         *("detection", "discriminator", "feature_distances", "quantizer", "sampler", "shapes", "splits"),
+        *("agreement", "faults", "locks", "micro_batches"),
     },
     {
-        *("checkpoint", "classifier", "code_store", "code_writer", "codec", "data", "image_split", "rows"),
-        *("run_folder", "sources", "task", "trainer", "training", "training_log", "training_state"),
+        *("checkpoint", "classifier", "code_store", "code_writer", "codec", "compiling", "data", "image_split", "rows"),
+        *("run_folder", "run_record", "sources", "task", "trainer", "training", "training_log", "training_state"),
+        *("shards", "streaming"),
     },
 )
 """Modules of vqgen, lowest layer first; ``__main__`` stands above all."""

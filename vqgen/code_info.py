@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vqgen.codes import ImageSpec, LevelSpec, level_names
 from vqgen.errors import InputError
+from vqgen.parsing import load_json
 
 FORMAT = 1
 INFO = "codes.json"
@@ -62,7 +62,7 @@ def read_info(path: Path) -> CodeStoreInfo:
     if not path.is_file():
         raise InputError(f"No codes at '{path.parent}': {INFO} is missing.", ENCODE_AGAIN)
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = load_json(path)
         if not isinstance(saved, dict) or "format" not in saved:
             raise ValueError("not the description of a code store")
         if saved.pop("format") != FORMAT:
@@ -74,11 +74,9 @@ def read_info(path: Path) -> CodeStoreInfo:
             raise ValueError("a split is not named like a folder")
         if tuple(level.name for level in info.levels) != level_names(len(info.levels)):
             raise ValueError("levels are not named top, middle, bottom")
-        if any(min(level.positions, level.codebook_size, level.height) < 1 for level in info.levels):
-            raise ValueError("a level is empty")
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
         raise InputError(f"'{path}' is damaged (bad or missing: {wrong}).", ENCODE_AGAIN) from error
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"'{path}' is damaged ({error}).", ENCODE_AGAIN) from error
     return info

@@ -30,6 +30,9 @@ from vqgen.errors import InputError
 __all__ = ["CodeSplit", "CodeStore", "CodeStoreInfo", "CodeWriter"]
 
 
+_BLOCK = 4096
+
+
 class CodeStore:
     """A folder of codes, opened with `CodeStore.load`."""
 
@@ -89,7 +92,8 @@ class CodeSplit(Dataset[dict[str, Any]]):
         path = folder / name / TABLE
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        except (pa.ArrowException, OSError) as error:
+            table.validate(full=True)  # offsets and lengths in the file may be anybody's
+        except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
             raise InputError(f"'{path}' is damaged ({str(error).splitlines()[0]}).", ENCODE_AGAIN) from error
         found = {column.name: column.type for column in table.schema}
         expected = column_types(info)
@@ -97,7 +101,7 @@ class CodeSplit(Dataset[dict[str, Any]]):
             raise InputError(
                 f"'{path}' has the columns {_columns_text(found)}; {INFO} says {_columns_text(expected)}.", ENCODE_AGAIN
             )
-        if any(column.null_count for column in table.columns):
+        if any(column.null_count or _holes(column) for column in table.columns):
             raise InputError(f"'{path}' has rows without a value.", ENCODE_AGAIN)
         if len(table) != info.splits[name]:
             raise InputError(f"'{path}' has {len(table)} rows, {INFO} says {info.splits[name]}.", ENCODE_AGAIN)
@@ -112,6 +116,26 @@ class CodeSplit(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self._info.splits[self.name]
+
+    def verify(self) -> None:
+        """Read the whole split, block by block, and compare it with the checksum that was taken as it was written.
+
+        Raises:
+            InputError: a code or a label is another than was written.
+        """
+        parts = []
+        for rows, _ in zip(self._maps, self._info.levels, strict=True):
+            digest = hashlib.sha256()
+            for start in range(0, len(self), _BLOCK):
+                digest.update(rows.take(np.arange(start, min(start + _BLOCK, len(self)))).astype("<i8").tobytes())
+            parts.append(digest.digest())
+        if self._labels is not None:
+            parts.append(hashlib.sha256(self._labels.astype("<i8").tobytes()).digest())
+        if hashlib.sha256(b"".join(parts)).hexdigest() != self._info.content.get(self.name):
+            raise InputError(
+                f"The codes of '{self.name}' in '{self._folder}' are not those that were written: they are damaged.",
+                ENCODE_AGAIN,
+            )
 
     def labels(self) -> npt.NDArray[np.int64] | None:
         """Classes of the whole split, int64 (N,); None where unlabelled."""
@@ -165,6 +189,10 @@ class _Rows:
             here = chunk_of == chunk
             taken[here] = self._matrices[chunk][indices[here] - self._starts[chunk]]
         return taken
+
+
+def _holes(column: Any) -> bool:
+    return any(pa.types.is_fixed_size_list(chunk.type) and chunk.flatten().null_count for chunk in column.chunks)
 
 
 def _columns_text(types: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from rich.console import Console as RichConsole
 from rich.text import Text
 
 from vqgen.files import finite
+from vqgen.parsing import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -32,7 +33,6 @@ LINE_EVERY = 10.0
 """Seconds between plain progress lines."""
 
 _NUMBER = re.compile(r"(\*\s*)?(<=|>=|<|>|~)?\s*[-+]?[\d,]*\.?\d+(e[-+]?\d+)?\s*%?(\s*±\s*[\d.]+)?", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def first_process() -> bool:
@@ -175,7 +175,7 @@ class Console:
                 table.add_row(*(Text(cell) for cell in row))
             self._out.print(table)
         else:
-            _print(self._out, _plain_table(title, [_clean(name) for name in columns], cells, right))
+            _print(self._out, _plain_table(title, [printable(name) for name in columns], cells, right))
 
     @contextmanager
     def progress(
@@ -191,7 +191,7 @@ class Console:
         shown = self._drawn if _draws(self._err) else self._printed
         self._depth += 1
         try:
-            with shown(_clean(description), total, unit, share) as progress:
+            with shown(printable(description), total, unit, share) as progress:
                 yield progress
         finally:
             self._depth -= 1
@@ -230,7 +230,7 @@ class Console:
         bar = live.add_task(description, total=1000 if known else None, completed=round(1000 * share), detail="")
 
         def show(progress: Progress) -> None:
-            detail = _clean(progress.describe())
+            detail = printable(progress.describe())
             if progress.share is None:
                 live.update(bar, detail=detail)
             else:
@@ -240,7 +240,7 @@ class Console:
         try:
             yield progress
             if progress.seconds >= FIRST_LINE and self._depth == 1:
-                live.update(bar, total=1000, completed=1000, detail=_clean(progress.summary()))
+                live.update(bar, total=1000, completed=1000, detail=printable(progress.summary()))
             else:
                 live.remove_task(bar)
         finally:
@@ -260,10 +260,6 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-def _clean(text: str) -> str:
-    return _CONTROL.sub("�", text)
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -271,7 +267,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "-"
-    return _clean(f"{value:,}" if isinstance(value, int) else str(value)).replace("\n", " ")
+    return printable(f"{value:,}" if isinstance(value, int) else str(value)).replace("\n", " ")
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
@@ -290,7 +286,7 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
         return "  ".join(padded).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join(([_clean(title)] if title else []) + [line(columns), rule, *(line(row) for row in rows)])
+    return "\n".join(([printable(title)] if title else []) + [line(columns), rule, *(line(row) for row in rows)])
 
 
 def _draws(console: RichConsole) -> bool:
@@ -298,7 +294,7 @@ def _draws(console: RichConsole) -> bool:
 
 
 def _print(console: RichConsole, text: str, style: str = "") -> None:
-    text = _clean(text)
+    text = printable(text)
     if _draws(console):
         console.print(Text(text, style=style), soft_wrap=True)
         return

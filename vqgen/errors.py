@@ -14,6 +14,8 @@ class VqgenError(Exception):
     """Something the user can put right: what was wrong, what was expected, what to do next."""
 
     exit_code = 2
+    said_elsewhere = False
+    """Whether another process of the same launcher has the same error, and says it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -7,9 +7,11 @@ a process ends. Errors of the disk that a person can put right become one line.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqgen.errors import InputError
+from vqgen.errors import InputError, VqgenError
+from vqgen.parsing import load_json
+
+GONE = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN)
+"""Errors of a disk or a folder that was there and no longer is."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,8 +68,8 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path} is missing.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return load_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}).", "Restore it, or make it again.") from error
 
 
@@ -85,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the path cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -102,8 +108,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     with disk_errors(path):
+        _clear_beside(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -115,7 +122,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def replace_folder(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``; what was there is removed afterwards."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = _beside(target, "old")
     if target.exists():
         target.rename(old)
     try:
@@ -125,6 +132,58 @@ def replace_folder(source: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_remains(folder: Path) -> None:
+    """Put right, in ``folder`` and below, what processes left that were killed as they wrote.
+
+    What had been moved aside for a replacement that never came is put back; what was half-written is removed. Only
+    what this machine's ended processes left is touched.
+    """
+    for left in sorted(folder.rglob(".*-*.old")) + sorted(folder.rglob(".*-*.tmp")):
+        _put_right(left)
+
+
+def _clear_beside(path: Path) -> None:
+    """`clear_remains` of ``path`` alone."""
+    for kind in ("old", "tmp"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.{kind}"):
+            _put_right(left)
+
+
+def _put_right(left: Path) -> None:
+    parts = re.fullmatch(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]*)-(?P<pid>[0-9]{1,9})\.(?P<kind>old|tmp)", left.name)
+    if parts is None or parts["host"] != _host() or is_alive(int(parts["pid"])):
+        return
+    target = left.with_name(parts["name"])
+    if parts["kind"] == "old" and not target.exists():
+        left.rename(target)
+    elif left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A name of this process's own beside ``path``, hidden."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.{kind}")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", platform.node())[:32]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine has a process of that number; where that cannot be asked, it is taken to be so."""
+    if os.name == "nt":  # there, asking would send it an interrupt
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def require_writable(path: Path) -> None:
@@ -147,6 +206,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors of a full disk and of forbidden paths into one line that names ``path``."""
     try:
         yield
+    except VqgenError:
+        raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         # safetensors reports errors of the disk as its own kind, with the system's number in the text.
@@ -159,32 +220,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise InputError(f"{named} cannot be written (no permission).", "Choose another folder.") from error
         if code in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             raise InputError(f"{path} cannot be written ({error}).", "Choose another folder.") from error
-        raise
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path``, which the system releases when the process ends, however it ends.
-
-    Without ``wait``, a lock that another process holds is an `InputError`. Where the system or the file
-    system has no such locks, nothing is held.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+        if code in GONE:
             raise InputError(
-                f"Another process is working in {path.parent}.", "Wait for it to end, or give another --run."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        yield
+                f"{path} was not written ({error}).", "See whether the disk and the folder are still there, and go on."
+            ) from error
+        raise

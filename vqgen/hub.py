@@ -11,7 +11,9 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,14 +22,30 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from vqgen.config import Settings, build
 from vqgen.errors import InputError, MismatchError
 from vqgen.files import replacing, write_json, write_text
+from vqgen.parsing import load_json
 
 FORMAT = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+MOST_CONFIG = 2**22
+"""Bytes of a config.json: room for some hundred thousand class names."""
+SPARE = 2**24
+"""Numbers in buffers that a model may hold beyond those of its weights: masks and others that are not saved."""
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+"""What a tensor of a model or a checkpoint may be."""
+UNBUILT = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+    *(NotImplementedError, RecursionError, RuntimeError, TypeError, ValueError),
+)
+"""What torch and Python raise of sizes that nothing can be made of."""
 
 M = TypeVar("M", bound="HubModel")
 
@@ -83,8 +101,7 @@ class HubModel(nn.Module):
             spec = TypeAdapter(kind.Spec).validate_python(saved["spec"])
         except ValidationError as error:
             raise InputError(f"{folder / CONFIG}: 'spec' is damaged ({error.error_count()} bad values).") from error
-        with torch.random.fork_rng(devices=[]):  # the first weights are drawn, only to be replaced
-            model = kind(config, spec)
+        model = _sized(kind, config, spec, folder)
         model.load_weights(folder / WEIGHTS)
         model.eval()
         return model  # type: ignore[return-value]
@@ -103,9 +120,7 @@ class HubModel(nn.Module):
             InputError: the file is missing or damaged.
             MismatchError: names or shapes differ from this model's.
         """
-        own = self.state_dict()
-        tensors = read_tensors(path, {key: tuple(value.shape) for key, value in own.items()})
-        self.load_state_dict(tensors)
+        self.load_state_dict(read_tensors(path, _shapes(self)))
 
     def card(self) -> str:
         """The README of the saved folder, as the hub shows it."""
@@ -140,12 +155,93 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None
         raise InputError(f"{path} is missing.", "Train or copy the model again.")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            if shapes is not None and found != dict(shapes):
-                raise MismatchError(f"{path} does not fit its config.json: {_first_difference(found, shapes)}.")
-            return {key: file.get_tensor(key) for key in found}
-    except (SafetensorError, OSError) as error:
+            return {key: file.get_tensor(key) for key in _compare(path, file, shapes)}
+    except (SafetensorError, OSError, *UNBUILT) as error:
         raise InputError(f"{path} is damaged ({error}).", "Train or copy the model again.") from error
+
+
+def _sized(kind: type[M], config: Settings, spec: Any, folder: Path) -> M:
+    """A model that is no larger than the weights that lie beside its config.json.
+
+    It is made twice, first without memory for its tensors (torch's device ``meta``): settings of a stranger that ask
+    for more than the file of weights holds are refused there, and so are weights of other names or shapes. A class
+    that cannot be made so is made once, and stopped at the first tensor too many.
+
+    Raises:
+        InputError: the weights are missing or damaged, or the settings are for no model or a larger one.
+        MismatchError: names or shapes of the weights are not those of the model.
+    """
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{weights} is missing.", "Train or copy the model again.")
+    check_shapes(weights, None)
+    room = weights.stat().st_size
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn, only to be replaced
+        try:
+            with torch.device("meta"), _at_most(room, folder):
+                planned = kind(config, spec)
+        except UNBUILT:
+            planned = None
+        if planned is not None:
+            check_shapes(weights, _shapes(planned))
+        try:
+            with _at_most(room, folder):
+                return kind(config, spec)
+        except UNBUILT as error:
+            line = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder / CONFIG} describes no {kind.kind} that can be made ({line}).") from error
+
+
+@contextmanager
+def _at_most(room: int, folder: Path) -> Iterator[None]:
+    """Refuse the parameters made in the block as soon as they are more numbers than ``room`` bytes can hold.
+
+    Buffers likewise, but for `SPARE`, since not all of them are saved.
+    """
+    made = {"parameters": 0, "buffers": 0}
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None, *, kind: str, most: int) -> None:
+        made[kind] += 0 if tensor is None else tensor.numel()
+        if made[kind] > most:
+            raise InputError(
+                f"{folder / CONFIG} describes a model that does not fit into {WEIGHTS} beside it: {room:,} bytes for "
+                f"{made[kind]:,} numbers and more.",
+                "Copy both files again.",
+            )
+
+    hooks = [
+        register_module_parameter_registration_hook(partial(count, kind="parameters", most=room)),
+        register_module_buffer_registration_hook(partial(count, kind="buffers", most=room + SPARE)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Read the header of a safetensors file, and hold it against ``shapes``, if given; raises as `read_tensors`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            _compare(path, file, shapes)
+    except (SafetensorError, OSError, *UNBUILT) as error:
+        raise InputError(f"{path} is damaged ({error}).", "Train or copy the model again.") from error
+
+
+def _compare(path: Path, file: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> list[str]:
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    found = {key: tuple(part.get_shape()) for key, part in slices.items()}
+    if shapes is not None and found != dict(shapes):
+        raise MismatchError(f"{path} does not fit its config.json: {_first_difference(found, shapes)}.")
+    kinds = {key: str(part.get_dtype()) for key, part in slices.items()}
+    if strange := [key for key, kind in kinds.items() if kind not in DTYPES]:
+        raise InputError(f"{path} is damaged (tensor '{strange[0]}' is of type {kinds[strange[0]]}).")
+    return list(found)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def fingerprint(folder: Path) -> str:
@@ -182,14 +278,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is missing.", hint)
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        saved = load_json(path, most=MOST_CONFIG)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}).", hint) from error
-    if not isinstance(saved, dict) or set(saved) != {"format", "kind", "type", "config", "spec"}:
+    whole = isinstance(saved, dict) and set(saved) == {"format", "kind", "type", "config", "spec"}
+    if not whole or not (isinstance(saved["kind"], str) and isinstance(saved["type"], str)):
         raise InputError(f"{path} is not the config.json of a vqgen model.", hint)
     if saved["format"] != FORMAT:
         raise InputError(f"{path} has format {saved['format']!r}; this vqgen reads {FORMAT}.", "Upgrade vqgen.")
-    return saved
+    config: dict[str, Any] = saved
+    return config
 
 
 def _fetch(source: str | Path, revision: str | None) -> Path:

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vqgen.config import BUDGETS
 from vqgen.errors import ConfigError, InputError, did_you_mean
+from vqgen.parsing import MOST_YAML, parse_yaml, read_bounded
 
 DEFAULTS: dict[str, Any] = {"codec": {"training": {"steps": 10000}}}
 
@@ -87,12 +86,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML, or is not a mapping with text keys.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, MOST_YAML)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML ({line}).", "Mend the file.") from error
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error}).", "Mend the file.") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{path}: expected a mapping of settings such as 'codec: {{width: 128}}'.")
     return value
@@ -121,8 +121,8 @@ def parse_set(assignment: str) -> dict[str, Any]:
     if not equals or not all(parts):
         raise InputError(f"--set {assignment}: expected KEY=VALUE.", "For example --set codec.training.steps=600.")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise InputError(f"--set {assignment}: the value is not valid YAML.") from error
     for part in reversed(parts):
         value = {part: value}

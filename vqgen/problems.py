@@ -13,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from vqgen.errors import did_you_mean
 
+MOST_SHOWN = 200
+"""Characters of a value that a line repeats."""
+
 
 def problem_lines(kind: type[BaseModel], error: ValidationError, where: str = "") -> list[str]:
     """One line per bad key of a mapping that is no ``kind``, each led by ``where`` and the key's path."""
@@ -39,9 +42,14 @@ def _problem(kind: type[BaseModel], key: str, details: Sequence[dict[str, Any]])
         known = _fields_at(kind, above)
         return f"{key}: unknown key. {did_you_mean(name, known) or 'Known: ' + ', '.join(known) + '.'}"
     message = " or ".join(dict.fromkeys(_message(detail) for detail in details))
-    shown = first.get("input")
-    silent = isinstance(shown, dict) or first["type"] in ("missing", "value_error")
-    return f"{key}: {message}" if silent else f"{key}: {message}, got {shown!r}"
+    given = first.get("input")
+    silent = isinstance(given, dict) or first["type"] in ("missing", "value_error")
+    return f"{key}: {message}" if silent else f"{key}: {message}, got {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _message(detail: dict[str, Any]) -> str:

@@ -25,13 +25,15 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from vqgen.errors import InputError, did_you_mean
-from vqgen.files import disk_errors, locked, read_json, write_json
+from vqgen.files import disk_errors, read_json, write_json
+from vqgen.locks import locked
+from vqgen.run_record import PART, record_problems
 
 FORMAT = 1
 RUNS = Path("runs")
@@ -44,6 +46,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._enclosed = False
 
     @property
     def name(self) -> str:
@@ -127,15 +130,25 @@ class RunFolder:
         Raises:
             InputError: it is missing or damaged, or a newer vqgen wrote it.
         """
+        self.require_enclosed()
         saved = read_json(self.record)
-        parts = {"data": dict, "stages": dict, "commands": list}
-        if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in parts.items()):
-            raise InputError(f"{self.record} is not the record of a vqgen run.", "Restore it, or start a new run.")
-        if saved.get("format") != FORMAT:
+        if isinstance(saved, dict) and saved.get("format", FORMAT) != FORMAT:
             raise InputError(
                 f"{self.record} has format {saved.get('format')!r}; this vqgen reads {FORMAT}.", "Upgrade vqgen."
             )
-        return saved
+        if problems := record_problems(saved):
+            raise InputError(
+                f"{self.record} is not the record of a vqgen run (bad or missing: {problems}).",
+                "Restore it, or start a new run.",
+            )
+        record: dict[str, Any] = saved
+        return record
+
+    def require_enclosed(self) -> None:
+        """Look through the folder, once: see `require_enclosed` below."""
+        if not self._enclosed and self.path.is_dir():
+            require_enclosed(self.path)
+            self._enclosed = True
 
     def record_command(self, argv: Sequence[str]) -> None:
         """Note a command line, and the versions it ran with."""
@@ -188,8 +201,20 @@ class RunFolder:
         """One line on the run's images; empty before they were read."""
         return str(self.read()["data"].get("description", ""))
 
+    def working(self, part: str, *, shared: bool = False) -> AbstractContextManager[None]:
+        """A block in which no other command works on a part of the run (``codec``, ``priors/pixelcnn/top``).
+
+        ``shared`` is for those that build on the part without changing it, of which there may be several at once.
+
+        Raises:
+            InputError: another process does, and which.
+        """
+        lock = self.path / f".{part.replace('/', '-')}.lock"
+        return locked(lock, shared=shared, what=str(self.path / part))
+
     @contextmanager
     def _edit(self) -> Iterator[dict[str, Any]]:
+        self.require_enclosed()
         with locked(self.path / ".lock", wait=True):
             saved = self.read()
             yield saved
@@ -238,13 +263,36 @@ def find_run(run: str | None, config: str | None = None) -> Path:
     return known[0]
 
 
+def require_enclosed(folder: Path) -> None:
+    """Nothing in ``folder``, which may be a stranger's, leads elsewhere or is anything but a file or a folder.
+
+    Who follows a link that came with a run writes where its maker chose; who opens a pipe waits forever.
+
+    Raises:
+        InputError: naming what does not belong there.
+    """
+    root = os.path.realpath(folder)
+    for above, names, files in os.walk(folder):
+        for path in (os.path.join(above, name) for name in (*names, *files)):
+            if os.path.islink(path):
+                real = os.path.realpath(path)
+                if os.path.commonpath([root, real]) != root or not os.path.exists(real):
+                    raise InputError(
+                        f"{path} is a link that leads out of the run, or nowhere.",
+                        "Put what it leads to in its place, or make the whole run a link.",
+                    )
+            elif not (os.path.isdir(path) or os.path.isfile(path)) and os.path.lexists(path):
+                raise InputError(f"{path} is neither a file nor a folder.", "Remove it.")
+        names[:] = [name for name in names if name != "wandb"]  # which links to its own cache; we follow none of that
+
+
 def plain_name(name: str, what: str) -> str:
     """``name``, which is to become a part of a path.
 
     Raises:
         InputError: it is empty or too long, starts with a dot, or holds a separator or a control character.
     """
-    if not re.fullmatch(r"(?!\.)[^/\\:\x00-\x1f\x7f]{1,100}", name):
+    if not re.fullmatch(PART, name):
         raise InputError(
             f"{name!r} cannot be the name of a {what}.", "Use up to 100 letters, digits, '-' and '_', and no '/'."
         )

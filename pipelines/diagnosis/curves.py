@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from vqgen.parsing import load_json
 from vqgen.training_log import read_metrics
 
 LATE = 0.75
@@ -75,7 +75,7 @@ def read_curve(folder: Path, scalar: str) -> CurveFigures:
 
 def _kept(path: Path) -> int | None:
     try:
-        step = json.loads(path.read_text(encoding="utf-8"))["step"]
+        step = load_json(path)["step"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return step if isinstance(step, int) else None

@@ -6,8 +6,6 @@ import errno
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from vqgen.files import (
     atomic_folder,
     csv_text,
     disk_errors,
-    locked,
     read_json,
     require_writable,
     write_json,
@@ -101,21 +98,6 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(
     with pytest.raises(InputError, match=r"no permission in \."):
         require_writable(Path("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_lock_is_held_by_one_process_and_released_with_it(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from vqgen.files import locked\n"
-    script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match="Another process is working in"), locked(tmp_path / ".lock"):
-            pass
-        other.kill()
-    with locked(tmp_path / ".lock"):
-        pass
 
 
 @pytest.mark.parametrize("text", ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1"])
