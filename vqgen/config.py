@@ -93,6 +93,8 @@ class TrainingSettings(Settings):
     """Budget in minutes of training (pauses not counted)."""
     batch_size: int = Field(128, ge=1)
     """Images per process and micro-batch."""
+    auto_batch: bool = False
+    """Where a batch does not fit into memory, let it go through the model in parts, by halving; the step stays."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
@@ -127,7 +129,11 @@ class TrainingSettings(Settings):
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better validation loss; never by default."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    workers: int = Field(0, ge=0)
+    """What the networks compute in while they are trained; weights, codebooks, losses, averages and evaluations are
+    float32 whatever it is. ``fp16`` needs a GPU, and scales the losses."""
+    compile: bool = False
+    """Compile what is trained (torch.compile): seconds to minutes at the start, for faster steps on a GPU."""
+    workers: int = Field(0, ge=0, le=1024)
     """Processes that load data; 0 loads in the training process."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
@@ -136,10 +142,15 @@ class TrainingSettings(Settings):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the numbers; the others may change when a training is resumed."""
-        free = {"checkpoint_every", "keep", "preview_every", "workers", "tracker"}
+        free = {"auto_batch", "checkpoint_every", "keep", "preview_every", "workers", "tracker", "compile"}
         if not self.decay_from:  # as in trainings begun before there was such a setting
             free.add("decay_from")
         return self.model_dump(mode="json", exclude=free)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # which is how YAML reads a bare no
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainingSettings:
@@ -175,6 +186,10 @@ class DataSettings(Settings):
     """Mirror half of the training images, drawn anew in each epoch."""
     count: int = Field(20000, ge=10)
     """Training images of the built-in ``shapes``; a tenth as many for validation and for test."""
+    streaming: bool = False
+    """Read parquet, arrow or WebDataset shards as they are needed, here or on the hub, without a copy on this disk."""
+    buffer: int = Field(2048, ge=8)
+    """Pictures that are shuffled among each other, and held in memory, under ``streaming``."""
     unreadable: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images that is skipped with a notice before it is an error."""
 

@@ -96,7 +96,7 @@ def load_data(
     classes = None if raw is None else Classes.of(raw, rows.class_names)
     labels = None if raw is None or classes is None else classes.encode(raw, rows.class_names, "train")
     carved = carve(len(rows), source, labels, seed)
-    preparation, notes = _survey(settings, rows, carved["train"])
+    preparation, notes = _survey(settings, rows.held_out(), carved["train"])
     notes += [
         f"{split} ({len(places):,} images) carved from train" for split, places in carved.items() if split != "train"
     ]
@@ -116,7 +116,7 @@ def load_data(
             kept = choose(settings.limit, len(places), own_labels, seed, f"limit {name}")
             places, own_labels = places[kept], None if own_labels is None else own_labels[kept]
         return ImageSplit(
-            own,
+            own if name == "train" else own.held_out(),
             places,
             own_labels,
             preparation,

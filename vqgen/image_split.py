@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from vqgen.codes import ImageSpec
 from vqgen.errors import InputError
 from vqgen.images import ValueRange, to_array
-from vqgen.rows import BROKEN, Picture, Rows, first_line
+from vqgen.rows import BROKEN, Picture, Rows, first_line, vanished
 from vqgen.splits import Indices, stream
 
 Batch = dict[str, Tensor]
@@ -88,7 +88,8 @@ class ImageSplit(Dataset[Batch]):
         self._stand_ins: dict[int, int] = {}
         image = preparation.image
         shape = (len(places), image.channels, image.height, image.width)
-        self._cache = torch.empty(shape, dtype=torch.uint8) if len(places) * image.dims <= CACHE_BYTES else None
+        cached = len(places) * image.dims <= CACHE_BYTES and not (rows.streamed and name == "train")
+        self._cache = torch.empty(shape, dtype=torch.uint8) if cached else None
         self._cached = np.zeros(len(places), dtype=bool)
         self._flip_seed = flip_seed
         self._flipped: npt.NDArray[np.bool_] | None = None
@@ -112,13 +113,18 @@ class ImageSplit(Dataset[Batch]):
 
     def stored_sample(self, most: int) -> list[bytes]:
         """Hashes of what is stored for at most ``most`` pictures, evenly spaced, without decoding them."""
-        return [self._rows.digest(place) for place in spread(self._places, most)]
+        rows = self._rows.held_out()
+        return [rows.digest(place) for place in spread(self._places, most)]
 
     def set_epoch(self, epoch: int | None) -> None:
         """Draw anew which pictures are mirrored, or mirror none (None); does nothing to a split that is not flipped."""
         if self._flip_seed is not None:
             drawn = None if epoch is None else stream(self._flip_seed, f"flip {epoch}").random(len(self)) < 0.5
             self._flipped = drawn
+
+    def epoch_order(self, seed: int, epoch: int, step: int, processes: int) -> Indices | None:
+        """The order in which a streamed split is trained on (`Rows.order`); None where any will do."""
+        return self._rows.order(self._places, seed, epoch, step, processes)
 
     def __getitem__(self, index: int) -> Batch:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
@@ -186,6 +192,12 @@ class ImageSplit(Dataset[Batch]):
     def _record(self, position: int, error: Exception) -> None:
         if position in self._stand_ins:
             return
+        if gone := vanished(error):
+            raise InputError(
+                f"{gone} is no longer there, or can no longer be read, in the middle of the work on '{self.name}' "
+                f"({first_line(error)}).",
+                "Bring the images back, then go on.",
+            ) from error
         self._stand_ins[position] = position
         broken = list(self._stand_ins)
         if len(broken) > self._most_broken:

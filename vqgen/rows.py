@@ -6,8 +6,10 @@ says why; `vqgen.image_split` decides what to do about it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -42,6 +44,9 @@ BROKEN = (
 )
 """What reading a damaged or foreign file raises."""
 
+_LOST = (errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENXIO)
+"""What a disk or a share says that was taken away."""
+
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 
@@ -55,11 +60,30 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".")
 
 
+def vanished(error: BaseException) -> str | None:
+    """The folder or file that was lost, where ``error`` says that not one picture is bad but its disk is gone.
+
+    A disk that was taken away, a share that no longer answers, a folder that was moved or closed to this user.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    if error.errno in _LOST:
+        return str(path or "The disk")
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR) and path is not None:
+        folder = path.parent
+        if not folder.is_dir() or not os.access(folder, os.X_OK):
+            return str(folder)
+    return None
+
+
 class Rows(ABC):
     """One split as stored."""
 
     class_names: tuple[str, ...] | None = None
     """The source's names of its integer labels, where it has them."""
+    streamed = False
+    """Whether no more than a buffer of pictures is to be in memory at once."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -79,6 +103,19 @@ class Rows(ABC):
     def name(self, index: int) -> str:
         """What to call a row in a message: its file, where it has one."""
         return f"image {index}"
+
+    def held_out(self) -> Rows:
+        """The same rows, for reading a few pictures here and there, perhaps again and again."""
+        return self
+
+    def order(
+        self, places: npt.NDArray[np.int64], seed: int, epoch: int, step: int, processes: int
+    ) -> npt.NDArray[np.int64] | None:
+        """The order in which an epoch takes the rows ``places`` (N,), ``step`` at a time: a permutation of (N,).
+
+        None where any will do.
+        """
+        return None
 
     def extremes(self, indices: npt.NDArray[np.int64]) -> tuple[float, float, bool] | None:
         """Lowest and highest number among the pictures at ``indices``, and whether they are floats.
@@ -215,10 +252,10 @@ class TableRows(Rows):
     """
 
     def __init__(self, table: Any, settings: DataSettings) -> None:
-        self._image_column = _image_column(table.features, settings.image_column)
+        self._image_column = image_column(table.features, settings.image_column)
         self._label_column = None
         if settings.labels:
-            self._label_column = _label_column(table.features, settings.label_column, self._image_column)
+            self._label_column = label_column(table.features, settings.label_column, self._image_column)
         self._images = table.select_columns([self._image_column]).with_format("arrow")
         self._table = table
         if self._label_column is not None:
@@ -233,7 +270,7 @@ class TableRows(Rows):
         return cells
 
     def read(self, indices: Sequence[int]) -> Iterator[Picture | Exception]:
-        return (_picture(cell) for cell in self._cells(indices))
+        return (picture_of(cell) for cell in self._cells(indices))
 
     def labels(self) -> npt.NDArray[Any] | None:
         if self._label_column is None:
@@ -255,13 +292,13 @@ class TableRows(Rows):
     def digest(self, index: int) -> bytes:
         cell = self._cells([index])[0]
         try:
-            stored = _stored_bytes(cell)
+            stored = stored_bytes(cell)
         except OSError:
             stored = b""
         return hashlib.sha256(repr(cell).encode() if stored is None else stored).digest()
 
 
-def _image_column(features: Any, wanted: str | None) -> str:
+def image_column(features: Any, wanted: str | None) -> str:
     if wanted is not None:
         return _named(features, wanted, "data.image_column")
     for name in IMAGE_COLUMNS:
@@ -275,7 +312,7 @@ def _image_column(features: Any, wanted: str | None) -> str:
     )
 
 
-def _label_column(features: Any, wanted: str | None, image_column: str) -> str | None:
+def label_column(features: Any, wanted: str | None, image_column: str) -> str | None:
     names = LABEL_COLUMNS if wanted is None else (_named(features, wanted, "data.label_column"),)
     for name in names:
         if name in features and name != image_column:
@@ -298,7 +335,7 @@ def _named(features: Any, wanted: str, key: str) -> str:
     return wanted
 
 
-def _stored_bytes(cell: Any) -> bytes | None:
+def stored_bytes(cell: Any) -> bytes | None:
     """The encoded file in a cell, read from its path if the cell has only that; None where it holds numbers."""
     if isinstance(cell, dict):
         cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
@@ -307,9 +344,9 @@ def _stored_bytes(cell: Any) -> bytes | None:
     return cell if isinstance(cell, bytes) else None
 
 
-def _picture(cell: Any) -> Picture | Exception:
+def picture_of(cell: Any) -> Picture | Exception:
     try:
-        stored = _stored_bytes(cell)
+        stored = stored_bytes(cell)
         if stored is None:
             pixels = np.asarray(cell)
             if pixels.dtype.kind not in "buif":

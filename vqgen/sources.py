@@ -7,7 +7,6 @@ read. Rows hand out pictures as they are stored; `vqgen.data` decides what size 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -21,11 +20,14 @@ from PIL import Image
 from vqgen import shapes
 from vqgen.config import DataSettings
 from vqgen.errors import InputError, did_you_mean
+from vqgen.parsing import load_json
 from vqgen.rows import BROKEN, ArrayRows, Rows, ShapeRows, TableRows, first_line
 from vqgen.splits import SPLITS, canonical, in_path
+from vqgen.streaming import hub_files, open_shards
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TAR = ".tar"
 _KINDS = "'shapes', a folder of images, .parquet, .arrow, .npy, .npz, a saved data set, or OWNER/NAME on the hub"
 
 Source = dict[str, Callable[[], Rows]]
@@ -47,6 +49,7 @@ def open_source(settings: DataSettings) -> Source:
             "Leave them out.",
         )
     if name == "shapes":
+        _refuse_streaming(settings, "are drawn, not stored")
         return _shapes(settings)
     if not name.strip():
         raise InputError("data.source is empty.", f"It takes {_KINDS}.")
@@ -69,13 +72,17 @@ def _shapes(settings: DataSettings) -> Source:
 
 def _folder(path: Path, settings: DataSettings) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        _refuse_streaming(settings, "are a saved data set, which is read from its place as it is")
         return _saved(path, settings)
     files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
     for suffix, builder in _TABLES.items():
         if tables := [file for file in files if file.suffix.lower() == suffix]:
             return _tables(path, tables, builder, settings)
+    if tars := [file for file in files if file.suffix.lower() == _TAR]:
+        return _tars(path, tars, settings)
     known = Image.registered_extensions()
     if any(file.suffix.lower() in known for file in files):
+        _refuse_streaming(settings, "are files of their own, each read when it is needed")
         return _image_folder(path, settings)
     if not files:
         raise InputError(f"The folder '{path}' is empty.", "Put images in it, or class folders of images.")
@@ -93,7 +100,10 @@ def _file(path: Path, settings: DataSettings) -> Source:
     suffix = path.suffix.lower()
     if suffix in _TABLES:
         return _tables(path.parent, [path], _TABLES[suffix], settings)
+    if suffix == _TAR:
+        return _tars(path.parent, [path], settings)
     if suffix in (".npy", ".npz"):
+        _refuse_streaming(settings, "are one array; an .npy is read from its place as it is")
         if settings.image_column or settings.label_column:
             raise InputError(f"'{path}' has no columns to name.", "In an .npz they are 'images' and 'labels'.")
         return {"train": partial(ArrayRows, path)}
@@ -102,10 +112,34 @@ def _file(path: Path, settings: DataSettings) -> Source:
 
 
 def _tables(root: Path, files: list[Path], builder: str, settings: DataSettings) -> Source:
+    by_split = _by_split(root, files)
+    if settings.streaming:
+        return _shards(by_split, builder, settings)
+
+    def read(split: str) -> Any:
+        import datasets
+
+        with _readable(f"The {builder} files of '{root}'"):
+            names = [glob.escape(file) for file in by_split[split]]
+            return datasets.load_dataset(builder, data_files={split: names}, split=split)
+
+    return {split: partial(_rows, partial(read, split), settings) for split in by_split}
+
+
+def _tars(root: Path, files: list[Path], settings: DataSettings) -> Source:
+    if not settings.streaming:
+        raise InputError(f"'{files[0]}' is a shard of a WebDataset.", "Shards are read with --streaming.")
+    if settings.image_column or settings.label_column:
+        raise InputError(f"'{files[0]}' has no columns to name.", "Leave out data.image_column and data.label_column.")
+    return _shards(_by_split(root, files), "tar", settings)
+
+
+def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
+    """Files by the split that their paths name; all others are train."""
     by_split: dict[str, list[str]] = {}
     for file in files:
         split = in_path([*file.relative_to(root).parent.parts, file.stem]) if len(files) > 1 else None
-        by_split.setdefault(split or "train", []).append(glob.escape(str(file)))
+        by_split.setdefault(split or "train", []).append(str(file))
     if "train" not in by_split:
         if len(by_split) > 1:
             raise InputError(
@@ -113,14 +147,19 @@ def _tables(root: Path, files: list[Path], builder: str, settings: DataSettings)
                 "Name the training files 'train-*'.",
             )
         by_split = {"train": next(iter(by_split.values()))}
+    return by_split
 
-    def read(split: str) -> Any:
-        import datasets
 
-        with _readable(f"The {builder} files of '{root}'"):
-            return datasets.load_dataset(builder, data_files={split: by_split[split]}, split=split)
+def _shards(by_split: dict[str, list[str]], kind: str, settings: DataSettings) -> Source:
+    return {split: partial(open_shards, files, kind, settings) for split, files in by_split.items()}
 
-    return {split: partial(_rows, partial(read, split), settings) for split in by_split}
+
+def _refuse_streaming(settings: DataSettings, what: str) -> None:
+    if settings.streaming:
+        raise InputError(
+            f"The images of '{settings.source}' {what}: there is nothing to stream.",
+            "Leave out --streaming. It is for parquet, arrow and WebDataset shards, here or on the hub.",
+        )
 
 
 def _image_folder(path: Path, settings: DataSettings) -> Source:
@@ -141,7 +180,9 @@ def _saved(path: Path, settings: DataSettings) -> Source:
     folders = {"train": path}
     if (path / "dataset_dict.json").is_file():
         with _readable(f"The saved data set '{path}'"):
-            listed = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            listed = load_json(path / "dataset_dict.json")["splits"]
+            if any(Path(name).name != name for name in listed):
+                raise ValueError("a split is not named like a folder")
             folders = {name: path / name for name in listed}
     return _of_splits({name: partial(read, folder) for name, folder in folders.items()}, str(path), settings)
 
@@ -167,7 +208,11 @@ def _hub(name: str, settings: DataSettings) -> Source:
                 f"{near} Check the path or the network; for a data set fetched before, set HF_HUB_OFFLINE=1.".strip(),
             ) from error
     try:
+        if settings.streaming:
+            return _streamed_hub(name, settings)
         found = datasets.load_dataset(name, settings.subset, revision=settings.revision)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"'{name}' is no file or folder here, and cannot be loaded from the hub ({first_line(error)}).",
@@ -177,16 +222,30 @@ def _hub(name: str, settings: DataSettings) -> Source:
     return _of_splits({split: partial(found.__getitem__, split) for split in shown}, name, settings)
 
 
+def _streamed_hub(name: str, settings: DataSettings) -> Source:
+    opened = _shards(hub_files(name, settings), "parquet", settings)
+    secret = [split for split in opened if canonical(split) == "test" and _hidden_labels(opened[split]())]
+    return _canonical({split: read for split, read in opened.items() if split not in secret}, name)
+
+
 def _secret(table: Any, settings: DataSettings) -> bool:
+    return _hidden_labels(TableRows(table, settings)) if settings.labels else False
+
+
+def _hidden_labels(rows: Rows) -> bool:
     """Whether every label is -1, as on the hub in test splits whose labels are kept from the public (ImageNet's).
 
     Such a split is no use for what is conditioned on labels: the test images are carved from train.
     """
-    labels = TableRows(table, settings).labels() if settings.labels else None
+    labels = rows.labels()
     return labels is not None and len(labels) > 0 and bool((labels == -1).all())
 
 
 def _of_splits(found: dict[str, Callable[[], Any]], where: str, settings: DataSettings) -> Source:
+    return {split: partial(_rows, read, settings) for split, read in _canonical(found, where).items()}
+
+
+def _canonical(found: dict[str, Callable[[], Any]], where: str) -> dict[str, Callable[[], Any]]:
     """Openers by canonical name; a lone split of any name is train."""
     if len(found) == 1:
         named = {"train": next(iter(found.values()))}
@@ -197,7 +256,7 @@ def _of_splits(found: dict[str, Callable[[], Any]], where: str, settings: DataSe
                 named.setdefault(split, read)
     if "train" not in named:
         raise InputError(f"'{where}' has no training split, only {', '.join(found)}.", "Name one of them 'train'.")
-    return {split: partial(_rows, read, settings) for split, read in named.items()}
+    return named
 
 
 def _rows(read: Callable[[], Any], settings: DataSettings) -> Rows:
