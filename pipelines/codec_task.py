@@ -7,7 +7,7 @@ quantisers count each batch once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqgen.codec import HierarchicalVQVAE
+from vqgen.compiling import Part
 from vqgen.config import DiscriminatorSettings
 from vqgen.discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, hinge_loss
 from vqgen.images import image_grid, to_float, to_uint8
@@ -33,6 +34,9 @@ class CodecTask(Task):
     def forward(self, batch: Mapping[str, Any], player: str, progress: float, step: int) -> dict[str, Tensor]:
         result = self.model(to_float(batch["images"]))
         return {"loss": result.loss, **result.metrics}
+
+    def compilable(self) -> Sequence[Part]:
+        return self.model.compilable()
 
     def after_step(self, player: str, step: int) -> dict[str, Tensor]:
         return self.model.update(step)
@@ -102,6 +106,9 @@ class DiscriminatedCodecTask(CodecTask):
         weight = self._settings.weight * adaptive_weight(result.loss, adversarial, last)
         scalars["loss"] = result.loss + weight * adversarial
         return {**scalars, "adversarial_loss": adversarial.detach(), "adversarial_weight": weight}
+
+    def compilable(self) -> Sequence[Part]:
+        return self.model.compilable(decoder=False)
 
     def after_step(self, player: str, step: int) -> dict[str, Tensor]:
         return super().after_step(player, step) if player == "model" else {}

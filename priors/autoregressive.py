@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from priors.inputs import check_codes, check_inputs, check_mask
 from priors.sampling import PLAIN, Noise, SampleOptions, draw, exact
 from priors.scan import Scan, to_maps, to_sequence
 from vqgen.codes import Codes
+from vqgen.compiling import Part
 from vqgen.errors import DivergedError, InputError
 
 
@@ -71,6 +73,10 @@ class AutoregressivePrior(Prior):
     def label_dropout(self) -> float:
         """Share of training maps whose label was hidden."""
         return float(getattr(self.config, "label_dropout", 0.0)) if self.spec.classes else 0.0
+
+    def compilable(self) -> Sequence[Part]:
+        """``logits``, the one pass that training makes."""
+        return [Part(self, "logits")]
 
     def forward(
         self,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqgen.blocks import Decoder, Encoder, Upsampler, decoder_filters, encoder_filters
-from vqgen.codes import Codes, ImageSpec, LevelSpec, level_names
+from vqgen.codes import MAX_SIDE, Codes, ImageSpec, LevelSpec, level_names
+from vqgen.compiling import Part
 from vqgen.config import CodecConfig, CodecSection
 from vqgen.errors import InputError
 from vqgen.hub import HubModel
@@ -65,8 +66,10 @@ class HierarchicalVQVAE(HubModel):
 
     def __init__(self, config: CodecConfig | Mapping[str, Any], spec: ImageSpec) -> None:
         super().__init__(config.architecture if isinstance(config, CodecSection) else config, spec)
-        if not 1 <= spec.channels <= 4 or spec.height < 1 or spec.width < 1:
-            raise InputError(f"The codec takes images of 1 to 4 channels and at least 1x1 pixels, got {spec}.")
+        if not (1 <= spec.channels <= 4 and 1 <= spec.height <= MAX_SIDE and 1 <= spec.width <= MAX_SIDE):
+            raise InputError(
+                f"The codec takes images of 1 to 4 channels and of 1x1 to {MAX_SIDE}x{MAX_SIDE} pixels, got {spec}."
+            )
         config = self.config
         strides, dims = config.strides, config.per_level("code_dim")
         depth = len(strides)
@@ -180,6 +183,14 @@ class HierarchicalVQVAE(HubModel):
             for key, value in quantizer.update(step).items():
                 logged[f"{level.name}_{key}"] = value
         return logged
+
+    def compilable(self, *, decoder: bool = True) -> list[Part]:
+        """Its networks, for ``training.compile``; not the quantizers, which count, and talk to other processes.
+
+        Without ``decoder`` where its gradient is taken more than once in a step, which compiled code cannot.
+        """
+        conditioners = [Part(conditioner, "forward") for conditioner in self.conditioners]
+        return [Part(self, "encoder_maps"), *conditioners, *([Part(self, "_render")] if decoder else [])]
 
     def _quantize(self, images: Tensor) -> list[Quantized]:
         """Every level's vectors and codes, coarse to fine."""

@@ -25,6 +25,8 @@ GROUPS = 8
 """Groups of the normalisation, where the channels can be so divided."""
 MOST_WEIGHT = 1e4
 """Where the adaptive weight ends (Esser et al. 2021, in their published code)."""
+SCALE = 2.0**12
+"""Keeps the gradients at single pixels within the range of float16; a power of two, so no bit of the result changes."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -74,8 +76,11 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
     """() |grad of ``reconstruction``| / |grad of ``adversarial``| at the weight ``last``, at most 1e4.
 
     With it the two losses pull equally at the decoder's last layer (Esser et al. 2021, eq. 7). Both graphs are kept;
-    the result has no gradient.
+    the result has no gradient. The losses are multiplied by `SCALE` on their way back.
     """
-    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    norms = []
+    for loss in (reconstruction, adversarial):
+        (gradient,) = torch.autograd.grad(SCALE * loss, last, retain_graph=True)
+        norms.append(gradient.norm() / SCALE)
     weight: Tensor = norms[0] / (norms[1] + 1e-6)
     return weight.clamp(max=MOST_WEIGHT).detach()

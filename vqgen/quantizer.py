@@ -107,8 +107,9 @@ class VectorQuantizer(nn.Module):
         self.commitment, self.decay, self.revival, self.seed = commitment, decay, revival, seed
         self._candidates = max(MIN_CANDIDATES, codebook_size)
         # Stands in until the first training batch; drawn apart from the global generator.
-        first = torch.from_numpy(_generator(seed).standard_normal((codebook_size, code_dim)))
-        first = (first / code_dim**0.5).to(torch.get_default_dtype())
+        first = torch.empty(codebook_size, code_dim)
+        if not first.is_meta:  # there, only the shapes are wanted
+            first.copy_(torch.from_numpy(_generator(seed).standard_normal(first.shape)) / code_dim**0.5)
         if self.by_gradient:
             self.codebook = nn.Parameter(first)
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from PIL import Image
 from torch import Tensor, nn
 
+from vqgen.compiling import Part
 from vqgen.sampler import Batch
 
 
@@ -29,6 +30,10 @@ class Task(nn.Module):
     def player_modules(self) -> dict[str, nn.Module]:
         """For each player, the module that holds exactly its parameters."""
         return {"model": self.model}
+
+    def compilable(self) -> Sequence[Part]:
+        """What ``training.compile`` compiles; nothing by default."""
+        return ()
 
     def plays(self, player: str, progress: float) -> bool:
         """Whether ``player`` takes its turn in a step at ``progress``; a turn that is left out costs nothing."""
