@@ -31,9 +31,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vqgen.agreement import together
 from vqgen.errors import InputError
 from vqgen.files import disk_errors, replace_folder, write_text
 from vqgen.hub import read_tensors
+from vqgen.parsing import load_json
 
 FORMAT = 1
 STATE = "state.json"
@@ -46,6 +48,12 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the training it is of was begun with; empty where it does not say."""
+        found = self.state.get("identity")
+        return found if isinstance(found, dict) else {}
 
     def tensors(self, part: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
         """Tensors of ``<part>.safetensors``, on the CPU.
@@ -84,31 +92,30 @@ class CheckpointStore:
         """Write the checkpoint of ``step``; every process calls this, the first one writes all but `random_state`.
 
         Raises:
-            InputError: the disk is full or cannot be written; the checkpoints before are untouched.
+            InputError: the disk is full or cannot be written, on every process; the checkpoints before are untouched.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
         main = accelerator.is_main_process
-        with disk_errors(path):
-            try:
+        try:
+            with together(accelerator), disk_errors(path):
                 if main:
                     self.sweep()
                     temporary.mkdir(parents=True)
-                accelerator.wait_for_everyone()
+            with together(accelerator), disk_errors(path):
                 own = f"random-{accelerator.process_index}"
                 for part, tensors in {own: random_state(), **(parts if main else {})}.items():
                     _write_tensors(temporary / f"{part}.safetensors", tensors)
-                accelerator.wait_for_everyone()
+            with together(accelerator), disk_errors(path):
                 if main:
                     _write_state(temporary, state)
                     replace_folder(temporary, path)
                     write_text(self.folder / LATEST, path.name + "\n")
                     for old in self.paths()[self.keep :]:
                         shutil.rmtree(old)
-            finally:
-                if main:
-                    shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        finally:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
         return path
 
     def load(self, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -140,7 +147,11 @@ class CheckpointStore:
         write_text(self.folder / LATEST, checkpoint.path.name + "\n")
 
     def sweep(self) -> None:
-        """Remove what a process left that was killed while it wrote."""
+        """Remove what a process left that was killed while it wrote; put back what it had moved aside."""
+        for old in self.folder.glob(".step-*.old"):
+            whole = self.folder / old.name[1:].partition(".")[0]
+            if not whole.exists():
+                old.rename(whole)
         for pattern in (".step-*.tmp", ".step-*.old"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -222,11 +233,15 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def _verified_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = load_json(path, nan=True)
         checksum = body.pop("checksum")
         whole = checksum == _text_checksum(body)
-        state, files = body["state"], body["files"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        state, files = body["state"], {name: (size, of) for name, (size, of) in body["files"].items()}
+        if any(Path(name).name != name for name in files):
+            raise ValueError("a file of another folder")
+        if not isinstance(state, dict):
+            raise ValueError("no state of a training")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is missing or damaged.") from error
     if not whole:
         raise InputError(f"{path} is damaged.")
@@ -238,7 +253,7 @@ def _verified_state(folder: Path) -> dict[str, Any]:
             raise InputError(f"{file} is missing.")
         if file.stat().st_size != size or _file_checksum(file) != checksum:
             raise InputError(f"{file} is damaged.")
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def _text_checksum(value: Any) -> int:

@@ -5,10 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 _NOTICE = b"\nStopping after this step; once more (Ctrl-C) to stop at once without saving.\n"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM, with which clusters and systems end a process, is as Ctrl-C: what is open is put right.
+
+    Only the first one counts, so that the putting right is not itself interrupted. Outside the main thread, nothing
+    is watched.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class StopSignals:

@@ -63,11 +63,20 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: that was of an optimiser of other parameters.
+    """
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition(".")
+        if not 0 <= int(index) < len(parameters) or value.shape not in ((), parameters[int(index)].shape):
+            raise ValueError(f"'{key}' of shape {list(value.shape)} is of another optimiser")
         state.setdefault(int(index), {})[name] = value
+    if len({tuple(sorted(names)) for names in state.values()}) > 1:
+        raise ValueError("the parameters have different states")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

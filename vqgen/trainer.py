@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ from vqgen.checkpoint import Checkpoint, preserved_random_state, seed_random_sta
 from vqgen.config import TrainingSettings
 from vqgen.console import Progress
 from vqgen.errors import InputError
+from vqgen.hub import UNBUILT
 from vqgen.images import save_png
+from vqgen.micro_batches import batch_length, fitting_parts, parts_of
 from vqgen.optimizers import (
     WeightAverage,
     learning_rate_at,
@@ -76,20 +79,23 @@ class Trainer:
         self._sampler = EpochSampler(self._images, settings.batch_size, seed, rank, processes)
         if len(validation) == 0:  # type: ignore[arg-type]
             raise InputError("The validation split is empty.", "Give more images.")
-        self._validation = evaluation_batches(
+        self._validation_batches = partial(
+            evaluation_batches,
             validation,
             settings.evaluate_images,
-            settings.batch_size,
             rank=rank,
             processes=processes,
             workers=settings.workers,
             pin_memory=on_gpu,
         )
+        self._validation = self._validation_batches(settings.batch_size)
         self.validation_images = min(settings.evaluate_images, len(validation))  # type: ignore[arg-type]
         self.images_per_step = self._sampler.batch_size * processes * settings.accumulate
         self.total_steps = _total_steps(task, settings, len(self._sampler))
         self._pin_memory = on_gpu
         self._best: dict[str, Tensor] | None = None
+        self.parts = 1
+        """Parts in which each batch goes through the model, so that it fits into memory."""
 
     def __enter__(self) -> Trainer:
         own = player_settings(self.settings, self.task.players)
@@ -154,7 +160,9 @@ class Trainer:
 
     def step(self, batches: Iterator[Batch], progress: float, step: int) -> StepLosses:
         """Let every player take its turn on the next micro-batches."""
-        micro = [self._to_device(next(batches)) for _ in range(self.settings.accumulate)]
+        whole = [self._to_device(next(batches)) for _ in range(self.settings.accumulate)]
+        micro = [part for batch in whole for part in parts_of(batch, self.parts)]
+        images = sum(map(batch_length, whole))
         # Used as it is: Accelerate's wrappers of backward and optimisers search for a package at each call (0.2 ms).
         scaler = self.accelerator.scaler
         rates: dict[str, float] = {}
@@ -170,11 +178,12 @@ class Trainer:
                 # Gradients of processes are averaged once, with those of the last micro-batch.
                 with nullcontext() if number == len(micro) else self.accelerator.no_sync(self._wrapped):
                     outputs = self._wrapped(batch, player.name, progress, step)
-                    loss = outputs["loss"] / len(micro)
+                    times = images / batch_length(batch)
+                    loss = outputs["loss"] / times
                     (scaler.scale(loss) if scaler else loss).backward()
                 for name, value in outputs.items():
                     key = player.prefix + name
-                    share = self._scalar(value) / len(micro)
+                    share = self._scalar(value) / times
                     scalars[key] = scalars[key] + share if key in scalars else share
             if scaler:
                 scaler.unscale_(player.optimizer)
@@ -196,6 +205,31 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
         return StepLosses(step, rates, list(scalars), values)
+
+    def fit_into_memory(self, batch: Batch, progress: float, state: State) -> bool:
+        """Find into how many parts each batch must go, at least as many as ``state`` says; whether any number does.
+
+        For one player alone: several take turns on the same batch, which cannot go in parts. The random generators are
+        where they were.
+        """
+        assert len(self.players) == 1, "several players take turns"
+        name = self.players[0].name
+
+        def loss(part: Batch) -> Tensor:
+            return self.task(part, name, progress, state.step)["loss"]  # type: ignore[no-any-return]
+
+        with preserved_random_state():
+            apart = partial(self.accelerator.no_sync, self._wrapped)
+            found = fitting_parts(self.task, loss, self._to_device(batch), self.accelerator, apart, state.parts)
+        state.parts = found or state.parts
+        self.go_in_parts(state.parts)
+        return found is not None
+
+    def go_in_parts(self, parts: int) -> None:
+        """From now on, let each batch go through the model in so many parts, those of the evaluation too."""
+        if parts != self.parts:
+            self.parts = parts
+            self._validation = self._validation_batches(max(self._sampler.batch_size // parts, 1))
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """`Task.evaluate` on the validation images."""
@@ -251,7 +285,20 @@ class Trainer:
         return kept, parts
 
     def restore(self, checkpoint: Checkpoint) -> State:
-        """Go back to where `snapshot` was taken, the random generators included."""
+        """Go back to where `snapshot` was taken, the random generators included.
+
+        Raises:
+            InputError: what the checkpoint holds is whole, but not of a training like this one.
+        """
+        try:
+            return self._restore(checkpoint)
+        except UNBUILT as error:  # a pydantic error is a ValueError too
+            line = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{checkpoint.path} does not fit this training ({line}).", "Start over with --overwrite."
+            ) from error
+
+    def _restore(self, checkpoint: Checkpoint) -> State:
         kept = dict(checkpoint.state)
         del kept["identity"]
         scaler = kept.pop("scaler")
@@ -264,8 +311,12 @@ class Trainer:
         if self.average is not None:
             self.average.load(checkpoint.tensors("average"))
         self._best = checkpoint.tensors("best") or None
+        if self._best is not None:
+            wanted = {name: value.shape for name, value in self.task.model.state_dict().items()}
+            if {name: value.shape for name, value in self._best.items()} != wanted:
+                raise ValueError("the best weights are of another model")
         set_random_state(checkpoint.tensors(f"random-{self.accelerator.process_index}"))
-        return State(**kept)
+        return State.from_json(kept)
 
     @contextmanager
     def _exporting(self) -> Iterator[None]:

@@ -10,30 +10,41 @@ not, on one process on the CPU. The loop knows nothing of images, codes or model
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
+from vqgen.agreement import together
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
+from vqgen.compiling import compiled
 from vqgen.config import TrainingSettings
 from vqgen.console import Console, duration
 from vqgen.errors import ConfigError, InputError, Interrupted
-from vqgen.files import locked
+from vqgen.faults import explained
 from vqgen.interrupts import StopSignals
+from vqgen.locks import locked
+from vqgen.micro_batches import batch_length
 from vqgen.optimizers import learning_rate_at
 from vqgen.sampler import Batch
 from vqgen.task import Task
 from vqgen.trainer import Trainer
 from vqgen.training_log import MetricLog, means, require_tracker, start_tracker
 from vqgen.training_state import LossReader, State, plain, refuse_differences
+
+LONGEST_WAIT = timedelta(hours=2)
+"""How long one process waits for the others, such as while the first one trains a classifier."""
 
 __all__ = ["Batch", "FitResult", "Task", "fit", "learning_rate_at", "make_accelerator"]
 
@@ -68,12 +79,20 @@ def make_accelerator(settings: TrainingSettings, players: int = 1, *, cpu: bool 
     # Without a GPU, Accelerate joins the processes of a launcher only if it is told that the CPU is meant:
     # otherwise each would train alone, and over the other's files.
     cpu = cpu or not torch.accelerator.is_available()
+    if cpu and settings.mixed_precision == "fp16":
+        # Accelerate itself takes it there for float32, and says nothing.
+        raise ConfigError(
+            "training.mixed_precision=fp16 does not work here (fp16 mixed precision requires a GPU).",
+            "Use 'bf16', or 'no' for float32.",
+        )
     try:
-        return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
+        handlers = [ddp, InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, kwargs_handlers=handlers)
     except ValueError as error:
         line = " ".join(str(error).split())
         raise ConfigError(
-            f"training.mixed_precision={settings.mixed_precision} does not work here ({line}).", "Use 'no'."
+            f"training.mixed_precision={settings.mixed_precision} does not work here ({line}).",
+            "Use 'no', which is float32.",
         ) from error
 
 
@@ -103,7 +122,8 @@ def fit(
     Raises:
         ConfigError: gradient accumulation with several players, settings of an unknown player, or a resumed
             training with another identity.
-        InputError: no images, a full disk, an unfinished training without ``resume``, or only damaged checkpoints.
+        InputError: no images, a full disk, an unfinished training without ``resume``, only damaged checkpoints,
+            another process at work in ``folder``, too little memory, or the loss of a process that takes part.
         DivergedError: a loss or a weight is no longer a finite number.
         Interrupted: SIGINT or SIGTERM; the state is saved.
     """
@@ -112,38 +132,57 @@ def fit(
     store = CheckpointStore(folder / "checkpoints", settings.keep)
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
-        if main:
-            stack.enter_context(locked(store.folder / ".lock"))
+        stack.enter_context(warnings.catch_warnings())
+        # Of several processes: gradients of 1x1 convolutions have the strides of another layout, which costs nothing.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        with together(accelerator):
+            if main:
+                stack.enter_context(locked(store.folder / ".lock", what=str(folder)))
+                store.sweep()
         if store.latest() and not resume:
             raise InputError(f"{folder} holds a training.", "Go on with --resume, or start over with --overwrite.")
         seed_random_state(seed, accelerator.process_index)
         trainer = stack.enter_context(Trainer(task, settings, accelerator, train, validation, seed))
+        if settings.compile:
+            parts = task.compilable()
+            if not parts:
+                console.warn(f"{description}: there is nothing in it that is compiled; training goes on without.")
+            stack.enter_context(compiled(parts, console.warn))
         known = plain({**identity, **trainer.identity})
         state = State()
 
-        checkpoint = store.load(console.warn)
+        with together(accelerator):
+            checkpoint = store.load(console.warn)
         if checkpoint is not None:
-            refuse_differences(checkpoint.state["identity"], known, folder)
-            state = trainer.restore(checkpoint)
+            refuse_differences(checkpoint.identity, known, folder)
+            with together(accelerator):
+                state = trainer.restore(checkpoint)
             if state.finished:
+                if main:
+                    store.discard_after(checkpoint)
                 return _finish(trainer, state)
             console.say(f"{description}: resuming at step {state.step:,}.")
         elif resume:
             console.say(f"{description}: no checkpoint in {store.folder}, starting at step 0.")
+        console.say(_batch_line(description, trainer, accelerator.num_processes))
         accelerator.wait_for_everyone()
         log = None
         if main:
             if checkpoint is not None:
                 store.discard_after(checkpoint)
-            store.sweep()
             log = MetricLog(folder / "metrics.jsonl", start_tracker(settings.tracker, folder))
             stack.callback(log.close)
             log.cut(state.step)
 
         first = state.step
-        batches = trainer.training_batches(first)
-        stack.callback(batches.close)
+        loaded = trainer.training_batches(first)
+        stack.callback(loaded.close)
+        batches: Iterator[Batch] = loaded
         losses = LossReader(store.latest())
+        stack.enter_context(_faults(trainer, resume_hint or "Go on with --resume."))
+        trainer.go_in_parts(state.parts)
+        if settings.auto_batch:
+            batches = _fit_into_memory(trainer, state, batches, console)
         signals = stack.enter_context(StopSignals(notice=main))
         bar = stack.enter_context(console.progress(description, unit="images", share=trainer.progress(state)))
         # The loop runs once more than there are steps, so that what follows the last step is as after any other.
@@ -187,7 +226,9 @@ def fit(
                 losses.last_good = store.save(state.step, *trainer.snapshot(state, known), accelerator)
 
             # A request that came during the last evaluation is not lost: what follows the training must not start.
-            if stop or (done and signals.received):
+            if done and not stop:
+                stop = _agree(accelerator, state.seconds, signals.received)[1]
+            if stop:
                 raise Interrupted(
                     f"{description} stopped at step {state.step:,}; its state is saved.",
                     resume_hint or "Go on with --resume.",
@@ -201,6 +242,50 @@ def fit(
             state.step += 1
             state.seconds += time.perf_counter() - started
             bar.advance(trainer.images_per_step, share=trainer.progress(state), note=losses.note)
+
+
+def _fit_into_memory(trainer: Trainer, state: State, batches: Iterator[Batch], console: Console) -> Iterator[Batch]:
+    """Let batches go in parts where they do not fit into memory, and say so; returns all of ``batches``."""
+    players = trainer.task.players
+    if len(players) != 1 or trainer.progress(state) >= 1:
+        if len(players) > 1:
+            console.warn(
+                f"training.auto_batch: {' and '.join(players)} take turns on the same batch, which cannot go in parts; "
+                "if memory runs out, lower training.batch_size."
+            )
+        return batches
+    first = next(batches)
+    size, before = batch_length(first), state.parts
+    if not trainer.fit_into_memory(first, trainer.progress(state), state):
+        raise InputError("There is not enough memory for a single image.", "Make the model smaller.")
+    if state.parts > before:
+        console.say(
+            f"A batch of {size:,} does not fit into memory: it goes through the model in {state.parts} parts of "
+            f"{math.ceil(size / state.parts):,}. A step still takes in {trainer.images_per_step:,} images."
+        )
+    return chain([first], batches)
+
+
+def _faults(trainer: Trainer, go_on: str) -> AbstractContextManager[None]:
+    """`explained` for a training."""
+    settings = trainer.settings
+    cure = f"lower training.batch_size (now {settings.batch_size}) or make the model smaller."
+    if len(trainer.task.players) == 1 and not settings.auto_batch:
+        cure = f"add --auto-batch, which finds a batch that fits, {cure}"
+    cure = cure[0].upper() + cure[1:]
+
+    def batch() -> str:
+        return f"batches of {math.ceil(settings.batch_size / trainer.parts)} images"
+
+    return explained(batch, cure, settings.workers, go_on)
+
+
+def _batch_line(description: str, trainer: Trainer, processes: int) -> str:
+    """``"codec: 512 images a step, 2 times 128 on each of 2 processes"``: ``batch_size`` is that of one process."""
+    parts = trainer.settings.accumulate
+    each = f"{parts} times " * (parts > 1) + f"{trainer.images_per_step // (processes * parts):,}"
+    more = f", {each}" * (processes * parts > 1) + f" on each of {processes} processes" * (processes > 1)
+    return f"{description}: {trainer.images_per_step:,} images a step{more}."
 
 
 def _agree(accelerator: Accelerator, seconds: float, stop: bool) -> tuple[float, bool]:

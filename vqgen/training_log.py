@@ -10,6 +10,10 @@ from typing import Any
 
 from vqgen.errors import InputError
 from vqgen.files import disk_errors, finite, write_text
+from vqgen.parsing import parse_json, read_bounded
+
+MOST_BYTES = 2**30
+"""Of a metrics.jsonl that is read."""
 
 
 def add_scalars(sums: dict[str, list[float]], scalars: Mapping[str, float]) -> None:
@@ -43,7 +47,7 @@ class MetricLog:
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, LookupError, TypeError):
                 continue
@@ -75,10 +79,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [parse_json(line) for line in read_bounded(path, MOST_BYTES).splitlines()]
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}).", "Restore it, or remove it.") from error
-    return [line for line in lines if isinstance(line, dict) and {"step", "split", "seconds"} <= set(line)]
+    found = [line for line in lines if isinstance(line, dict) and {"step", "split", "seconds"} <= set(line)]
+    for line in found:
+        numbers = [value for key, value in line.items() if key not in ("step", "split") and value is not None]
+        whole = type(line["step"]) is int and line["step"] >= 0 and type(line["split"]) is str
+        if not whole or line["seconds"] is None or any(type(value) not in (int, float) for value in numbers):
+            raise InputError(f"{path} is damaged (a line is no step's numbers).", "Restore it, or remove it.")
+    return found
 
 
 def require_tracker(name: str) -> None:

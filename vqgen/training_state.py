@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from vqgen.errors import ConfigError, DivergedError
@@ -43,6 +44,26 @@ class State:
     interval: dict[str, list[float]] = field(default_factory=dict)
     """Sums of the training losses since the last evaluation."""
     finished: bool = False
+    parts: int = 1
+    """Parts in which each batch goes through the model, so that it fits into memory."""
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> State:
+        """What ``vars`` gave and a checkpoint kept.
+
+        Raises:
+            ValueError: that is no state of a training.
+        """
+        state = TypeAdapter(cls).validate_python(dict(kept))
+        pairs = [*state.train.values(), *state.interval.values(), *state.history]
+        if (
+            not (0 <= state.step < 2**53 and 0 <= state.seconds < math.inf and state.since_best >= 0 < state.parts)
+            or not (state.best is None or isinstance(state.best.get("loss"), (int, float)))
+            or any(len(pair) != 2 for pair in pairs)
+            or any(count < 1 for _, count in (*state.train.values(), *state.interval.values()))
+        ):
+            raise ValueError("the counters are no training's")
+        return cls(**kept)  # as they are: the check above makes floats of whole numbers
 
     def due(self, every: int, first: int) -> bool:
         """Whether what happens ``every`` so many steps is to happen now; at step ``first`` it already has."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,20 @@ def test_remains_of_a_killed_process_are_swept(tmp_path: Path, accelerator: Acce
     store = CheckpointStore(tmp_path, keep=1)
     save(store, accelerator, 8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000008"]
+
+
+def test_a_checkpoint_that_was_moved_aside_for_its_replacement_is_put_back(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, accelerator, 3).rename(tmp_path / ".step-00000003.node7-4242.old")
+    store.sweep()
+    loaded = store.load(refuse_warnings)
+    assert loaded is not None
+    assert loaded.state["step"] == 3
+    shutil.copytree(loaded.path, tmp_path / ".step-00000003.node7-4242.old")
+    store.sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path, accelerator: Accelerator) -> None:
