@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.processes import alone, join
 from pipelines.run_codes import open_store
 from pipelines.settings import run_settings
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
@@ -66,12 +67,19 @@ class ClassifierTask(Task):
 def run_classifier(run: RunFolder, console: Console, *, source: str | None = None) -> ImageClassifier:
     """The classifier of ``run``; trained now where it is not there yet, or only half trained.
 
-    ``source`` is where the run's images are now, if they were moved; they are read for training alone.
+    ``source`` is where the run's images are now, if they were moved; they are read for training alone. Of several
+    processes, each calling this alike, the first one trains while the others wait: what it is does not depend on them.
 
     Raises:
         InputError: the run has no codes yet, its images have no labels, or they cannot be read.
         MismatchError: the classifier, or the images, are not of this run.
     """
+    processes = join()
+    with processes.main_first():
+        return _open_classifier(run, console, source).to(processes.device)
+
+
+def _open_classifier(run: RunFolder, console: Console, source: str | None) -> ImageClassifier:
     info = open_store(run).info
     if not info.class_names:
         raise InputError(
@@ -88,7 +96,7 @@ def run_classifier(run: RunFolder, console: Console, *, source: str | None = Non
             raise MismatchError(
                 f"The classifier in {run.classifier} was trained on other images than those of {run.path}.", anew
             )
-        return model.to(Accelerator().device)
+        return model
     config = run_settings(run, source=source)
     data = load_data(config.data, config.seed, notify=console.say)
     if data.fingerprint != info.data_fingerprint:
@@ -98,7 +106,8 @@ def run_classifier(run: RunFolder, console: Console, *, source: str | None = Non
         )
     console.say(f"{run.path} has no classifier yet; one is trained now, and kept in {run.classifier}.")
     try:
-        model, record = train_classifier(data, run.classifier, config.seed, console)
+        with alone():
+            model, record = train_classifier(data, run.classifier, config.seed, console)
     except ConfigError as error:  # half trained with other settings
         raise ConfigError(error.message, anew) from error
     run.record_stage(STAGE, record)
@@ -112,7 +121,7 @@ def train_classifier(
 
     A training that was interrupted in ``folder`` goes on. The weights kept are the best on the validation split.
     """
-    accelerator = Accelerator()  # of this process alone, as all sampling is
+    accelerator = Accelerator()
     with preserved_random_state():
         seed_random_state(seed, 0)
         model = ImageClassifier(ClassifierConfig(), ClassifierSpec(data.image, data.class_names, data.fingerprint))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import click
@@ -18,11 +19,17 @@ from pipelines import cli_about, cli_compress, cli_evaluate, cli_results, cli_sc
 from pipelines.cli_options import again
 from vqgen import __version__
 from vqgen.errors import Interrupted, VqgenError
+from vqgen.interrupts import terminable
 
-SHARED = ("run", "train-codes", "train-prior")
+TRAINING = ("run", "train-codes", "train-prior")
+SHARED = (*TRAINING, "encode", "sample", "evaluate", "compare", "score")
 """Commands whose work is shared by all processes of a launcher."""
-RESUMABLE = (*SHARED, "sweep")
+FIRST_ALONE = ("reconstruct", "diagnose", "compress", "decompress")
+"""Commands that compute, and that the first process of a launcher does by itself."""
+RESUMABLE = (*TRAINING, "sweep", "encode", "sample")
 """Commands that go on where they were interrupted."""
+PATIENCE = 3.0
+"""Seconds within which a launcher ends its processes after one of them has failed."""
 
 
 class Commands(click.Group):
@@ -40,19 +47,35 @@ def run() -> None:
 def call(arguments: Sequence[str]) -> int:
     """The exit code of a command line; errors that the user can put right are one line on stderr.
 
-    Under a launcher, what is not training is done by the first process alone.
+    Under a launcher, what is not `SHARED` is done by the first process alone.
     """
-    if arguments and arguments[0] not in SHARED and os.environ.get("RANK", "0") != "0":
+    if not arguments or arguments[0] in SHARED or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _call(arguments)
+    if os.environ.get("RANK", "0") != "0":
         return 0
+    if arguments[0] not in FIRST_ALONE:
+        return _call(arguments)
+    from pipelines.processes import alone
+
+    _complain(f"vqgen {arguments[0]} works in one process: the first of {os.environ['WORLD_SIZE']} does it.")
+    with alone():
+        return _call(arguments)
+
+
+def _call(arguments: Sequence[str]) -> int:
     try:
-        cli.main(list(arguments), prog_name="vqgen", standalone_mode=False, obj=list(arguments))
+        with terminable():
+            cli.main(list(arguments), prog_name="vqgen", standalone_mode=False, obj=list(arguments))
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.ClickException as error:
+        _let_the_first_speak()
         error.show()
         return error.exit_code
     except VqgenError as error:
-        click.echo(f"Error: {error}", err=True)
+        if not error.said_elsewhere:
+            _let_the_first_speak()
+            _complain(f"Error: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo(f"Interrupted. {again(arguments) if arguments[0] in RESUMABLE else ''}".rstrip(), err=True)
@@ -65,9 +88,37 @@ def call(arguments: Sequence[str]) -> int:
         else:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        click.echo(f"Error: {error.strerror}{place}. {cure}", err=True)
+        _complain(f"Error: {error.strerror}{place}. {cure}")
         return VqgenError.exit_code
+    except (RuntimeError, MemoryError) as error:
+        from vqgen.faults import fault_of_machine
+
+        parameters = {parameter.name for parameter in cli.commands[arguments[0]].params}
+        lowered = "--batch-size" if "batch_size" in parameters else "training.batch_size"
+        fault = fault_of_machine(error, f"Lower {lowered} or make the model smaller.")
+        if fault is None:
+            raise
+        _complain(f"Error: {fault}")
+        return fault.exit_code
     return 0
+
+
+def _let_the_first_speak() -> None:
+    """Wait, in a process other than the first, before the processes have met, with what is to be said.
+
+    Mostly the first one says the same, as the command line and the files are the same: its launcher then ends this
+    process before the time is over. What only this one has met, such as a file that its machine lacks, it says itself.
+    """
+    met = getattr(sys.modules.get("torch.distributed"), "is_initialized", bool)()
+    if os.environ.get("RANK", "0") != "0" and not met:
+        time.sleep(PATIENCE)
+
+
+def _complain(text: str) -> None:
+    """A line on stderr; names in it may come from a file that a stranger wrote."""
+    from vqgen.parsing import printable
+
+    click.echo(printable(text), err=True)
 
 
 @click.group(cls=Commands, epilog="Start with: vqgen run --config shapes", context_settings={"max_content_width": 100})

@@ -58,6 +58,8 @@ def evaluate_command(
     run = open_run(run_path, config)
     console = make_console(as_json)
     result = evaluate(run, console, source=data, split=split, images=images, extractor=extractor, out=out)
+    if not result:
+        return  # another process of the launcher writes
     if not as_json:
         print_evaluation(console, result)
     made = {name.partition(".")[0].replace("_", " "): path for name, path in result["files"].items()}

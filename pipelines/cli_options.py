@@ -41,6 +41,15 @@ SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of e
 MINUTES = click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), help="Training budget of each model, in minutes."
 )
+COMPILE = click.option(
+    "--compile", "compiled", is_flag=True, help="Compile what is trained (torch.compile); slow to start, may be faster."
+)
+STREAMING = click.option(
+    "--streaming", is_flag=True, help="Read shards, here or on the hub, as they are needed; nothing is copied."
+)
+AUTO_BATCH = click.option(
+    "--auto-batch", is_flag=True, help="Where a batch does not fit into memory, work through it in parts that do."
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Redo the stage, and remove what was made from it.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and only that.")
@@ -49,6 +58,21 @@ PLUGIN = click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", h
 
 def count_option(default: int | None, text: str) -> Callable[[F], F]:
     return click.option("-n", "images", type=click.IntRange(1), default=default, show_default=True, help=text)
+
+
+def with_compile(sets: tuple[str, ...], compiled: bool) -> tuple[str, ...]:
+    """The assignments given, and that of ``--compile`` before them, so that ``--set`` has the last word."""
+    return ("training.compile=true", *sets) if compiled else sets
+
+
+def with_auto_batch(sets: tuple[str, ...], auto_batch: bool) -> tuple[str, ...]:
+    """The assignments given, and that of ``--auto-batch`` before them, as in `with_compile`."""
+    return ("training.auto_batch=true", *sets) if auto_batch else sets
+
+
+def with_streaming(sets: tuple[str, ...], streaming: bool) -> tuple[str, ...]:
+    """The assignments given, and that of ``--streaming`` before them."""
+    return ("data.streaming=true", *sets) if streaming else sets
 
 
 def load_plugins(plugins: Sequence[str]) -> None:
@@ -104,7 +128,7 @@ def again(arguments: Sequence[str] | None = None) -> str:
     """The sentence that says how to go on after an interrupt: the same command line, resumed."""
     typed = click.get_current_context().obj if arguments is None else arguments
     kept = [argument for argument in typed if argument not in ("--overwrite", "--retry")]
-    resume = [] if kept[0] in ("run", "sweep", "compare") or "--resume" in kept else ["--resume"]
+    resume = [] if kept[0] in ("run", "sweep", "compare", "encode", "sample") or "--resume" in kept else ["--resume"]
     launcher = "the same launcher and " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     return f"Go on with: {launcher}vqgen {shlex.join([*kept, *resume])}"
 

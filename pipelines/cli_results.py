@@ -110,6 +110,8 @@ def sample_command(
     if prior is None:
         console.say("priors: " + ", ".join(f"{level} {chosen}" for level, chosen in request.priors.items()))
     record = sample(run, request, name or request.default_name(), console, data=data)
+    if not record:
+        return  # another process of the launcher writes
     record_command(run)
     finish(console, record, as_json, {"grid": record["grid"]}, next_step(run, run_path or config, plugins, "compare"))
 
@@ -201,6 +203,8 @@ def compare_command(
     result = compare(
         run, chosen, console, images=images, quality=quality, training=training, seed=seed or 0, source=data
     )
+    if not result:
+        return  # another process of the launcher writes
     if training is not None:
         record_command(run)
     if not as_json:

@@ -76,6 +76,8 @@ def score_command(
     console = make_console(as_json)
     request = ScoreRequest(data, split, against, images, prior, baseline, label, maps)
     record = score(run, request, name or request.default_name(), console)
+    if not record:
+        return  # another process of the launcher writes
     record_command(run)
     if not as_json:
         print_scores(console, record)

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from pipelines.cli_options import (
+    AUTO_BATCH,
+    COMPILE,
     CONFIG,
     DATA,
     JSON,
@@ -19,6 +21,7 @@ from pipelines.cli_options import (
     RUN_OF_PRESET,
     SEED,
     SET,
+    STREAMING,
     again,
     finish,
     load_plugins,
@@ -29,19 +32,25 @@ from pipelines.cli_options import (
     options,
     print_comparison,
     record_command,
+    with_auto_batch,
+    with_compile,
+    with_streaming,
 )
 
 
 @click.command("run", epilog="Example: vqgen run --config shapes")
-@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, OVERWRITE, PLUGIN, JSON)
+@options(CONFIG, DATA, STREAMING, NEW_RUN, SET, SEED, MINUTES, OVERWRITE, COMPILE, AUTO_BATCH, PLUGIN, JSON)
 def run_command(
     config: str | None,
     data: str | None,
+    streaming: bool,
     run_path: str | None,
     sets: tuple[str, ...],
     seed: int | None,
     minutes: float | None,
     overwrite: bool,
+    compiled: bool,
+    auto_batch: bool,
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -50,17 +59,21 @@ def run_command(
     A stage that is finished is skipped, so that the same command goes on where an earlier one stopped.
     """
     from pipelines.run_all import run_all
-    from pipelines.settings import training_minutes
+    from pipelines.settings import every_training, training_minutes
 
     load_plugins(plugins)
-    run, settings = open_new_run(config, data, run_path, sets, seed, None)
+    run, settings = open_new_run(config, data, run_path, with_streaming(sets, streaming), seed, None)
     if minutes is not None:
         settings = training_minutes(settings, minutes)
+    if compiled:
+        settings = every_training(settings, "compile=true")
+    if auto_batch:
+        settings = every_training(settings, "auto_batch=true")
     console = make_console(as_json)
     result = run_all(run, settings, console, overwrite=overwrite, hint=again())
     record_command(run)
     if not result:
-        return  # another process of the launcher samples and compares
+        return  # another process of the launcher writes
     if not as_json:
         print_comparison(console, result["comparison"])
         console.result("")
@@ -70,16 +83,19 @@ def run_command(
 
 
 @click.command("train-codes", epilog="Example: vqgen train-codes --config cifar10 --set training.steps=600")
-@options(CONFIG, DATA, NEW_RUN, SET, SEED, MINUTES, RESUME, OVERWRITE, PLUGIN, JSON)
+@options(CONFIG, DATA, STREAMING, NEW_RUN, SET, SEED, MINUTES, RESUME, OVERWRITE, COMPILE, AUTO_BATCH, PLUGIN, JSON)
 def train_codes_command(
     config: str | None,
     data: str | None,
+    streaming: bool,
     run_path: str | None,
     sets: tuple[str, ...],
     seed: int | None,
     minutes: float | None,
     resume: bool,
     overwrite: bool,
+    compiled: bool,
+    auto_batch: bool,
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -87,6 +103,7 @@ def train_codes_command(
     from pipelines.train_codes import train_codes
 
     load_plugins(plugins)
+    sets = with_streaming(with_auto_batch(with_compile(sets, compiled), auto_batch), streaming)
     run, settings = open_new_run(config, data, run_path, sets, seed, minutes, short_for="codec")
     console = make_console(as_json)
     record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=again())
@@ -104,16 +121,16 @@ def train_codes_command(
 @options(RUN, RUN_OF_PRESET, click.option("--data", required=True, metavar="SOURCE", help="Images to encode."))
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the codes.")
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
-@options(JSON)
+@options(STREAMING, JSON)
 def encode_command(
-    run_path: str | None, config: str | None, data: str, out: Path, batch_size: int, as_json: bool
+    run_path: str | None, config: str | None, data: str, out: Path, batch_size: int, streaming: bool, as_json: bool
 ) -> None:
     """Encode more images with a trained codec."""
     from pipelines.encode import encode
 
     run = open_run(run_path, config)
     console = make_console(as_json)
-    figures = encode(run, data, out, console, batch_size)
+    figures = encode(run, data, out, console, batch_size, streaming=streaming)
     finish(console, {"out": str(out), **figures}, as_json, {"codes": out}, "")
 
 
@@ -125,7 +142,7 @@ def encode_command(
     "--level", "levels", multiple=True, metavar="LEVEL", help="top, middle or bottom.  [default: every level]"
 )
 @options(RUN, RUN_OF_PRESET)
-@options(SET, SEED, MINUTES, RESUME, OVERWRITE, PLUGIN, JSON)
+@options(SET, SEED, MINUTES, RESUME, OVERWRITE, COMPILE, AUTO_BATCH, PLUGIN, JSON)
 def train_prior_command(
     prior: str,
     levels: tuple[str, ...],
@@ -136,6 +153,8 @@ def train_prior_command(
     minutes: float | None,
     resume: bool,
     overwrite: bool,
+    compiled: bool,
+    auto_batch: bool,
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -146,6 +165,7 @@ def train_prior_command(
     load_plugins(plugins)
     run = open_run(run_path, config)
     going_on = resume and not overwrite
+    sets = with_auto_batch(with_compile(sets, compiled), auto_batch)
     jobs = [
         Job(name, prior_settings_of_run(run, name, own, sets, seed=seed, minutes=minutes, resume=going_on), own)
         for name, own in prior_mix(run, prior, levels, sets).items()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pipelines.diagnosis.codec_figures import MOST_PSNR, images_at_once
+from pipelines.likelihood import measured_batches
+from pipelines.processes import Result
 from pipelines.quality.extractors import Extractor
 from pipelines.reconstruct import depth_names
 from vqgen.codec import HierarchicalVQVAE
@@ -48,41 +50,47 @@ class Measured:
 def measure(
     codec: HierarchicalVQVAE, split: ImageSplit, indices: Sequence[int], reader: Extractor | None, console: Console
 ) -> Measured:
-    """Every figure of the images at ``indices``, read once."""
+    """Every figure of the images at ``indices``, read once; shared by the processes of a launcher."""
     device = next(codec.parameters()).device
     scale = codec.decoder_scale.cpu()
+    depths = depth_names(codec)
+
+    def measure_batch(span: Sequence[int]) -> Result:
+        images = split.__getitems__(span)["images"]
+        pixels = PixelCounts()
+        pixels.add(images)
+        targets = to_float(images).to(device)
+        codes = codec.encode(targets)
+        # What is counted goes as one row a batch: added up at the end, it is the same however it was shared.
+        found = {"pixels": pixels.counts[None]}
+        for level, own in zip(codec.levels, codes, strict=True):
+            counted = CodeUsage(level.codebook_size)
+            counted.add(own)
+            found[f"codes {level.name}"] = counted.counts[None]
+        for depth, name in enumerate(depths, start=1):
+            made = codec.decode(codes[:depth])
+            found[f"mse {name}"] = mse(made, targets)
+            found[f"psnr {name}"] = psnr(made, targets).clamp(max=MOST_PSNR)
+            found[f"ssim {name}"] = ssim(made, targets)
+        if scale.isfinite().all():
+            found["nats"] = discretized_gaussian_nats(images, made, scale)
+        if reader is not None:
+            found["features"] = reader.features(images)
+            found["features made"] = reader.features(to_uint8(made).cpu())
+        return found
+
+    found = measured_batches(indices, images_at_once(codec), measure_batch, "reconstructions", console)
     usage = [CodeUsage(level.codebook_size) for level in codec.levels]
+    for level, counted in zip(codec.levels, usage, strict=True):
+        counted.counts = found[f"codes {level.name}"].sum(0)
     pixels = PixelCounts()
-    errors: dict[str, dict[str, list[Tensor]]] = {
-        name: {"mse": [], "psnr": [], "ssim": []} for name in depth_names(codec)
-    }
-    nats, of_images, of_made = [], [], []
-    step = images_at_once(codec)
-    with console.progress("reconstructions", len(indices), "images") as progress:
-        for start in range(0, len(indices), step):
-            images = split.__getitems__(indices[start : start + step])["images"]
-            pixels.add(images)
-            targets = to_float(images).to(device)
-            codes = codec.encode(targets)
-            for counted, level in zip(usage, codes, strict=True):
-                counted.add(level)
-            for depth, found in enumerate(errors.values(), start=1):
-                made = codec.decode(codes[:depth])
-                found["mse"].append(mse(made, targets).cpu())
-                found["psnr"].append(psnr(made, targets).clamp(max=MOST_PSNR).cpu())
-                found["ssim"].append(ssim(made, targets).cpu())
-            if scale.isfinite().all():
-                nats.append(discretized_gaussian_nats(images, made, scale).cpu())
-            if reader is not None:
-                of_images.append(reader.features(images))
-                of_made.append(reader.features(to_uint8(made).cpu()))
-            progress.advance(len(images))
+    pixels.counts = found["pixels"].sum(0)
     return Measured(
-        {name: {key: torch.cat(parts).double() for key, parts in found.items()} for name, found in errors.items()},
-        torch.cat(nats) if nats else None,
+        {name: {key: found[f"{key} {name}"].double() for key in ("mse", "psnr", "ssim")} for name in depths},
+        found.get("nats"),
         usage,
         pixels.variance,
-        (torch.cat(of_images), torch.cat(of_made)) if reader is not None else None,
+        (found["features"], found["features made"]) if reader is not None else None,
     )
 
 

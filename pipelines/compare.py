@@ -12,9 +12,9 @@ anchors), `pipelines.comparison_figures` (pictures) and `pipelines.comparison_fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from pipelines.code_sources import decoded, neighbour_codes, random_codes
@@ -22,6 +22,7 @@ from pipelines.comparison_figures import Material, comparison_sections
 from pipelines.comparison_files import provenance, write_comparison
 from pipelines.comparison_quality import (
     SHOWN,
+    QualityPlan,
     QualityRequest,
     fill_quality,
     labels_in_turn,
@@ -40,9 +41,17 @@ from pipelines.comparison_rows import (
     source_row,
     unique_rows,
 )
-from pipelines.comparison_training import TrainingRequest, budget_provenance, own_list, train_missing, training_jobs
+from pipelines.comparison_training import (
+    TrainingRequest,
+    budget_provenance,
+    own_list,
+    require_one_process,
+    train_missing,
+    training_jobs,
+)
 from pipelines.likelihood import HeldOut, code_density, read_held_out
-from pipelines.quality.extractors import open_extractor
+from pipelines.processes import alone, join
+from pipelines.quality.extractors import Extractor, open_extractor
 from pipelines.report.columns import BASELINES
 from pipelines.run_codes import open_codes
 from pipelines.run_images import run_images
@@ -71,6 +80,9 @@ def compare(
 ) -> dict[str, Any]:
     """Compare priors of ``run`` with each other and with the baselines; writes ``compare/`` in the run.
 
+    The processes of a launcher share the bits and the samples; then the first one measures the samples and writes, and
+    the others return nothing.
+
     Args:
         chosen: one prior per level for each row; empty: every prior that is trained.
         images: test images measured, evenly spread over the split; None: all.
@@ -86,8 +98,51 @@ def compare(
         InputError: no prior is trained, one of ``chosen`` is not, or what is asked for of samples cannot be had.
         MismatchError: a prior was trained on other codes, or the images are not the run's.
     """
+    if training is not None:
+        require_one_process()
+    processes = join()
+    with processes.together():
+        measured = _measure(run, chosen, console, images, quality, training, seed, source)
+    if not processes.main:
+        return {}
+    with alone():
+        return _conclude(run, measured, console, seed)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the processes have found together."""
+
+    codec: HierarchicalVQVAE
+    store: CodeStore
+    held_out: HeldOut
+    plan: QualityPlan
+    extractor: Extractor | None
+    mixes: Mapping[str, Mapping[str, str]]
+    """By name, those of trained priors."""
+    full: Mapping[str, Mapping[str, str]]
+    """By name, all that have a prior at every level."""
+    priors: Mapping[tuple[str, str], Prior]
+    densities: Mapping[tuple[str, str], Density]
+    drawn: Mapping[str, Samples]
+    """By name; none on any process but the first."""
+    rows: Sequence[dict[str, Any]]
+    notices: Sequence[str]
+
+
+def _measure(
+    run: RunFolder,
+    chosen: Sequence[Mapping[str, str]],
+    console: Console,
+    images: int | None,
+    quality: QualityRequest | None,
+    training: TrainingRequest | None,
+    seed: int,
+    source: str | None,
+) -> _Measured:
+    """Train what is missing, then bits and samples of every row."""
     codec, store = open_codes(run)
-    device = Accelerator().device
+    device = join().device
     codec.to(device)
     levels = [level.name for level in store.info.levels]
     plan = plan_quality(quality or QualityRequest(), run, store, images)
@@ -131,15 +186,23 @@ def compare(
         if len(priors) == len(levels):
             request = SampleRequest(mix, images=plan.samples, labels=labels_in_turn(store, plan.samples), seed=seed)
             with peak_memory(device) as memory:
-                drawn[label] = draw_samples(codec, priors, store, request, console, title=f"sampling: {label}")
+                samples = draw_samples(codec, priors, store, request, console, title=f"sampling: {label}")
             full[label] = mix
-            add_cost(rows, label, priors, drawn[label], memory.grown)
+            if samples is not None:
+                drawn[label] = samples
+                add_cost(rows, label, priors, samples, memory.grown)
     rows = unique_rows([*rows, *map(source_row, registry.SOURCES)])
+    return _Measured(codec, store, held_out, plan, extractor, mixes, full, by_key, measured, drawn, rows, notices)
 
+
+def _conclude(run: RunFolder, measured: _Measured, console: Console, seed: int) -> dict[str, Any]:
+    """Quality of the samples, pictures and files, by one process."""
+    codec, store, held_out, plan = measured.codec, measured.store, measured.held_out, measured.plan
+    rows, drawn = measured.rows, measured.drawn
     reference, rests_on = None, None
     anchors: list[dict[str, Any]] = []
     if plan.measured:
-        reference = read_reference(plan, extractor, store, held_out, seed)
+        reference = read_reference(plan, measured.extractor, store, held_out, seed)
         found, anchors, steps = measure_quality(reference, codec, drawn, console)
         fill_quality(rows, found)
         rests_on = quality_provenance(reference, steps)
@@ -149,11 +212,11 @@ def compare(
         store=store,
         held_out=held_out,
         seed=seed,
-        mixes=full,
-        priors=by_key,
-        bits={key: -density.nats / LN2 for key, density in measured.items()},
+        mixes=measured.full,
+        priors=measured.priors,
+        bits={key: -density.nats / LN2 for key, density in measured.densities.items()},
         drawn=drawn,
-        sources=source_pictures(codec, store, held_out, shown, seed),
+        sources=source_pictures(codec, store, held_out, min(plan.samples, SHOWN), seed),
         training=None if reference is None else reference.training,
     )
     result: dict[str, Any] = {
@@ -163,8 +226,8 @@ def compare(
         "reconstruction": reconstruction_figures(held_out),
         "codes": code_size(codec),
         "provenance": provenance(run, store, held_out, codec, seed)
-        | {"quality": rests_on, "budget": budget_provenance(run, list(mixes.values()))}
-        | {"memory": meaning(device), "notices": notices},
+        | {"quality": rests_on, "budget": budget_provenance(run, list(measured.mixes.values()))}
+        | {"memory": meaning(next(codec.parameters()).device), "notices": list(measured.notices)},
     }
     sections = comparison_sections(material, rows, console)
     return {**result, "files": write_comparison(run, result, sections, learning_curves(run, rows))}

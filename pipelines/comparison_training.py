@@ -50,19 +50,27 @@ def training_request(train: bool, minutes: float | None, sets: Sequence[str], hi
     return None
 
 
+def require_one_process() -> None:
+    """Refuse training before a comparison where a launcher started several processes.
+
+    Raises:
+        InputError: it did.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "compare --train trains on one process.", "Train with `vqgen train-prior` on all of them, then compare."
+        )
+
+
 def training_jobs(run: RunFolder, mixes: Sequence[Mapping[str, str]], request: TrainingRequest) -> list[Job]:
     """What is to be trained so that ``run`` has every prior that ``mixes`` (level -> prior) name, trained ones too.
 
     Baselines are left out: they are complete without a training.
 
     Raises:
-        InputError: several processes, an unknown prior, or a setting of a prior that is not named.
+        InputError: an unknown prior, or a setting of a prior that is not named.
         ConfigError: bad settings.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "compare --train trains on one process.", "Train with `vqgen train-prior` on all of them, then compare."
-        )
     levels_of = trained_names(mixes)
     _check_sets(request.sets, list(levels_of))
     return [

@@ -17,7 +17,6 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 
 from pipelines.diagnosis.codec_figures import CodecFigures, measure_codebook, measure_codec
 from pipelines.diagnosis.codec_verdicts import codebook_verdict, codec_verdicts
@@ -38,6 +37,7 @@ from pipelines.diagnosis.prior_figures import PriorFigures, measure_prior, sampl
 from pipelines.diagnosis.prior_verdicts import Evidence, prior_verdicts
 from pipelines.diagnosis.record import Diagnosis, as_record
 from pipelines.diagnosis.sample_verdicts import sample_verdicts
+from pipelines.processes import join
 from pipelines.report.diagnosis import write_diagnosis_page
 from pipelines.run_codes import check_levels, open_codes
 from pipelines.run_images import run_images
@@ -124,7 +124,7 @@ def diagnose(
     mix = {**best_priors(run, [name for name in names if name in trained and name not in chosen]), **chosen}
     mix = {name: mix[name] for name in names if name in mix}
     priors = dict(zip(mix, load_priors(run, mix, codec), strict=True))
-    device = Accelerator().device
+    device = join().device
     for model in (codec, *priors.values()):
         model.to(device).eval()
     data = run_images(run, store, console, source)
@@ -192,7 +192,9 @@ def measure_priors(at: Subject, console: Console) -> list[PriorFigures]:
 def draw_covered(at: Subject, console: Console) -> Samples:
     """Samples of the levels that have a prior, down to the first that has none."""
     request = SampleRequest({name: at.priors[name].name for name in at.covered}, images=SAMPLES, seed=at.seed)
-    return draw_samples(at.codec, [at.priors[name] for name in at.covered], at.store, request, console)
+    drawn = draw_samples(at.codec, [at.priors[name] for name in at.covered], at.store, request, console)
+    assert drawn is not None  # this is the only process
+    return drawn
 
 
 def with_sampled(at: Subject, figures: PriorFigures, drawn: Samples) -> PriorFigures:

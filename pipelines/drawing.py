@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import repeat
 from torch import Tensor
 
+from pipelines.begun import Begun
+from pipelines.processes import Processes, Result, join
 from pipelines.rejection import Reader, best_of, pick
 from pipelines.sample_request import SampleRequest
 from priors.base import Prior
@@ -40,6 +43,19 @@ class Samples:
     """(B,) int64: which attempt was kept, where there were several."""
     probability: Tensor | None = None
     """(B,) float64: what the classifier gives each image's label, where it chose."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the seconds, by name, as `samples_of` takes them."""
+        codes = {f"codes.{level}": maps for level, maps in enumerate(self.codes)}
+        rest = {"labels": self.labels, "attempt": self.attempt, "probability": self.probability}
+        return codes | {"images": self.images} | {name: value for name, value in rest.items() if value is not None}
+
+
+def samples_of(tensors: Result) -> Samples:
+    """The samples of which `Samples.tensors` gave the tensors."""
+    codes = tuple(tensors[f"codes.{level}"] for level in range(sum(name.startswith("codes.") for name in tensors)))
+    rest = {name: tensors.get(name) for name in ("labels", "attempt", "probability")}
+    return Samples(codes, tensors["images"], seconds={}, **rest)
 
 
 @dataclass(frozen=True)
@@ -125,8 +141,11 @@ def draw_samples(
     known_labels: Tensor | None = None,
     classifier: Reader | None = None,
     title: str = "sampling",
-) -> Samples:
-    """Codes and pictures of ``request``.
+    begun: Begun | None = None,
+) -> Samples | None:
+    """Codes and pictures of ``request``; the processes of a launcher share its batches, and the first one has them.
+
+    Every process calls this alike; all but the first are given None.
 
     Args:
         priors: of the levels that are drawn, coarse to fine.
@@ -134,22 +153,64 @@ def draw_samples(
         known_labels: (S,) class of each source image.
         classifier: chooses among the attempts, where ``request.keep_best`` is above 1.
         title: of the progress shown.
+        begun: where the first process finds what was drawn of the same request before, and keeps what is drawn.
     """
     labels = image_labels(request, len(store.info.class_names), known_labels)
     drawer = Drawer(codec, priors, request, labels, known)
     if request.keep_best > 1:
         drawer.seconds["classifier"] = 0.0
-    batches = []
-    with torch.no_grad(), console.progress(title, request.images, "images") as progress:
-        for indices in in_batches(request.images, request.batch_size):
-            each = len(indices) / request.keep_best
+    processes = join()
+    batches = list(in_batches(request.images, request.batch_size))
+    drawn = []
+    if begun is not None and processes.main:
+        drawn = [samples_of(made) for made in begun.made("images", partial(_shapes, drawer))]
+        noted = begun.note() if drawn else {}
+        drawer.seconds = {part: own + noted.get(part, 0.0) for part, own in drawer.seconds.items()}
+    first = int(processes.exchange({"images": torch.tensor(sum(len(made.images) for made in drawn))})[0]["images"])
+    if first:
+        console.say(f"{title}: going on after {first:,} images.")
+    batches = [batch for batch in batches if batch[0] >= first]
+    with torch.no_grad(), processes.together(), console.progress(title, request.images, "images") as progress:
 
-            def advance(share: float, each: float = each) -> None:
+        def make(indices: tuple[int, ...]) -> Result:
+            # What is shown assumes that the other processes are as far with their batches of this round.
+            round_size = request.batch_size * processes.count
+            start = indices[0] // round_size * round_size
+            each = min(round_size, request.images - start) / request.keep_best
+
+            def advance(share: float) -> None:
                 progress.advance(share * each)
 
             attempts = [drawer.draw(indices, attempt, advance) for attempt in range(request.keep_best)]
-            batches.append(attempts[0] if classifier is None else _best(attempts, classifier, drawer.seconds))
-    return joined(batches, drawer.seconds)
+            kept = attempts[0] if classifier is None else _best(attempts, classifier, drawer.seconds)
+            return kept.tensors()
+
+        for result in processes.in_order(batches, make):
+            if processes.main:
+                drawn.append(samples_of(result))
+                if begun is not None:
+                    begun.add("images", result, drawer.seconds)
+        seconds = slowest(processes, drawer.seconds)
+    return joined(drawn, seconds) if processes.main else None
+
+
+def _shapes(drawer: Drawer, images: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is drawn of so many images, by name."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"codes.{index}": (images, level.height, level.width) for index, level in enumerate(drawer.levels)
+    }
+    image = drawer.codec.spec
+    shapes["images"] = (images, image.channels, image.height, image.width)
+    rest = ["labels"] if drawer.labels is not None else []
+    rest += ["attempt", "probability"] if drawer.request.keep_best > 1 else []
+    return shapes | dict.fromkeys(rest, (images,))
+
+
+def slowest(processes: Processes, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of each part, the seconds of the process that took longest."""
+    parts = processes.exchange({"seconds": torch.tensor(list(seconds.values()), dtype=torch.float64)})
+    most = torch.stack([part["seconds"] for part in parts]).amax(0)
+    return dict(zip(seconds, most.tolist(), strict=True))
 
 
 def _best(attempts: Sequence[Samples], classifier: Reader, seconds: dict[str, float]) -> Samples:

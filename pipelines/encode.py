@@ -1,19 +1,26 @@
-"""Images to code maps on disk, with a codec that is already trained."""
+"""Images to code maps on disk, with a codec that is already trained.
+
+The processes of a launcher share the batches; the first one writes the codes as they come, in the order of the images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from pipelines.begun import Begun
+from pipelines.processes import Processes, join
 from pipelines.settings import run_settings
+from vqgen.code_info import LABEL
 from vqgen.code_store import CodeStoreInfo, CodeWriter
 from vqgen.codec import HierarchicalVQVAE
-from vqgen.codes import Codes
 from vqgen.config import DataSettings
 from vqgen.console import Console
 from vqgen.data import ImageData, ImageSplit, load_data
@@ -25,11 +32,13 @@ from vqgen.run_folder import RunFolder
 from vqgen.splits import SPLITS
 
 
-def encode(run: RunFolder, source: str, out: Path, console: Console, batch_size: int = 128) -> dict[str, Any]:
+def encode(
+    run: RunFolder, source: str, out: Path, console: Console, batch_size: int = 128, *, streaming: bool = False
+) -> dict[str, Any]:
     """Encode the images of ``source`` with the codec of ``run`` into a code store at ``out``.
 
     Images are resized to the codec's size and converted to its channels. Splits that are missing are carved with the
-    run's seed, so that of the run's own source they are the run's.
+    run's seed, so that of the run's own source they are the run's. With ``streaming``, they are read from their shards.
 
     Returns:
         Per level, perplexity, usage and a verdict over the training split, and ``images`` per split.
@@ -40,11 +49,15 @@ def encode(run: RunFolder, source: str, out: Path, console: Console, batch_size:
     run.require_stage("codec", "train-codes --resume")
     if out.exists():
         raise InputError(f"{out} already exists.", "Name another folder with --out, or remove that one.")
-    codec = HierarchicalVQVAE.from_pretrained(run.codec).to(Accelerator().device)
-    config = run_settings(run)
-    settings = config.data if source == config.data.source else DataSettings(source=source)
-    data = load_data(fitted_to(codec, settings), config.seed, notify=console.say)
-    return encode_splits(out, codec, fingerprint(run.codec), data, console, batch_size)
+    processes = join()
+    with processes.together():
+        codec = HierarchicalVQVAE.from_pretrained(run.codec).to(processes.device)
+        config = run_settings(run)
+        settings = config.data if source == config.data.source else DataSettings(source=source)
+        if streaming:
+            settings = settings.model_copy(update={"streaming": True})
+        data = load_data(fitted_to(codec, settings), config.seed, notify=console.say)
+        return encode_splits(out, codec, fingerprint(run.codec), data, console, batch_size)
 
 
 def fitted_to(codec: HierarchicalVQVAE, settings: DataSettings) -> DataSettings:
@@ -58,6 +71,9 @@ def encode_splits(
 ) -> dict[str, Any]:
     """Encode every split of ``data``, no image mirrored, into a new code store at ``folder``.
 
+    An encoding of the same images in the same batches that was stopped goes on where it was. Every process calls this
+    alike; ``batch_size`` is the number of images that each of them encodes at once.
+
     Returns:
         Figures of the training split per level, and ``images`` per split.
     """
@@ -70,18 +86,34 @@ def encode_splits(
     )
     usage = [CodeUsage(level.codebook_size) for level in codec.levels]
     counts: dict[str, int] = {}
-    with CodeWriter(folder, info) as writer:
+    processes = join()
+    begun = Begun(folder, {"info": asdict(info), "batch_size": batch_size}) if processes.main else None
+    with processes.together(), CodeWriter(folder, info) if processes.main else nullcontext() as writer:
+
+        def take(name: str, encoded: Mapping[str, Tensor]) -> None:
+            codes = tuple(encoded[level.name] for level in codec.levels)
+            if writer is not None:
+                writer.add(name, codes, encoded.get(LABEL))
+            if name == "train":
+                for level, level_codes in zip(usage, codes, strict=True):
+                    level.add(level_codes)
+
         for name in SPLITS:
             split = data.splits[name]
             split.set_epoch(None)
             counts[name] = len(split)
-            with console.progress(f"encoding {name}", len(split), "images") as progress:
-                for codes, labels in encoded_batches(codec, split, batch_size):
-                    writer.add(name, codes, labels)
-                    progress.advance(len(codes[0]))
-                    if name == "train":
-                        for level, level_codes in zip(usage, codes, strict=True):
-                            level.add(level_codes)
+            first = _go_on(begun, info, name, processes, partial(take, name), console)
+            starts = range(first, len(split), batch_size)
+            batches = [range(start, min(start + batch_size, len(split))) for start in starts]
+            share = first / max(len(split), 1)
+            with console.progress(f"encoding {name}", len(split) - first, "images", share=share) as progress:
+                for encoded in processes.in_order(batches, partial(encode_batch, codec, split)):
+                    take(name, encoded)
+                    if begun is not None:
+                        begun.add(name, encoded)
+                    progress.advance(len(encoded[codec.levels[0].name]))
+    if begun is not None:
+        begun.remove()
     figures: dict[str, Any] = {"images": counts}
     for spec, level in zip(codec.levels, usage, strict=True):
         figures[spec.name] = {
@@ -92,13 +124,33 @@ def encode_splits(
     return figures
 
 
+def _go_on(
+    begun: Begun | None,
+    info: CodeStoreInfo,
+    name: str,
+    processes: Processes,
+    take: Callable[[Mapping[str, Tensor]], None],
+    console: Console,
+) -> int:
+    """Hand on what the first process finds encoded of a split; the first image, on every process, that is not."""
+
+    def shapes(images: int) -> dict[str, tuple[int, ...]]:
+        known: dict[str, tuple[int, ...]] = {level.name: (images, level.height, level.width) for level in info.levels}
+        return {**known, LABEL: (images,)} if info.class_names else known
+
+    images = 0
+    for encoded in begun.made(name, shapes) if begun is not None else ():
+        take(encoded)
+        images += len(next(iter(encoded.values())))
+    if images:
+        console.say(f"encoding {name}: going on after {images:,} images.")
+    return int(processes.exchange({"images": torch.tensor(images)})[0]["images"])
+
+
 @torch.no_grad()
-def encoded_batches(
-    codec: HierarchicalVQVAE, split: ImageSplit, batch_size: int
-) -> Iterator[tuple[Codes, Tensor | None]]:
-    """Code maps (each (B, h, w) int64, on the CPU) and labels of a split, in its order."""
-    device = next(codec.parameters()).device
-    for start in range(0, len(split), batch_size):
-        batch = split.__getitems__(range(start, min(start + batch_size, len(split))))
-        codes = codec.encode(to_float(batch["images"]).to(device))
-        yield tuple(level.cpu() for level in codes), batch.get("label")
+def encode_batch(codec: HierarchicalVQVAE, split: ImageSplit, indices: Sequence[int]) -> dict[str, Tensor]:
+    """Code maps (B, h, w) int64 by level, and ``label`` (B,) where there are labels, of some images of a split."""
+    batch = split.__getitems__(indices)
+    codes = codec.encode(to_float(batch["images"]).to(next(codec.parameters()).device))
+    labels = {LABEL: batch[LABEL]} if LABEL in batch else {}
+    return {level.name: maps for level, maps in zip(codec.levels, codes, strict=True)} | labels

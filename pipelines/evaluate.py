@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 import vqgen
@@ -32,6 +31,8 @@ from pipelines.codec_measures import (
     worst_images,
 )
 from pipelines.encode import fitted_to
+from pipelines.likelihood import measured_batches
+from pipelines.processes import Result, join
 from pipelines.quality.extractors import Extractor, check_extractor, open_extractor
 from pipelines.quality.measures import MINIMUM_IMAGES
 from pipelines.reconstruct import depth_captions, untrained_depths
@@ -69,6 +70,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the codec of ``run``; writes evaluate.json and pictures to ``out`` (default: ``evaluate`` in the run).
 
+    The processes of a launcher share the images; the first one writes, and the others return nothing.
+
     Args:
         source: other images, resized as the codec needs them; or where the run's own are now.
         images: how many of the split are measured, evenly spread over it; None: all.
@@ -82,12 +85,26 @@ def evaluate(
         InputError: an unknown split or extractor, no codec yet, or too few images for an extractor that was named.
         MismatchError: without ``source``, the images are not those the codec was trained on.
     """
+    with join().together():
+        return _evaluate(run, console, source, split, images, extractor, out or run.evaluate)
+
+
+def _evaluate(
+    run: RunFolder,
+    console: Console,
+    source: str | None,
+    split: str,
+    images: int | None,
+    extractor: str | None,
+    folder: Path,
+) -> dict[str, Any]:
+    processes = join()
     check_split(split)
     check_extractor(extractor)
-    folder = out or run.evaluate
-    require_writable(folder / RECORD)
+    if processes.main:
+        require_writable(folder / RECORD)
     run.require_stage("codec", "train-codes --resume")
-    codec = HierarchicalVQVAE.from_pretrained(run.codec).to(Accelerator().device).eval()
+    codec = HierarchicalVQVAE.from_pretrained(run.codec).to(processes.device).eval()
     config = run_settings(run)
     data, own = open_images(run, codec, source, console)
     measured_split = data.splits[split]
@@ -105,13 +122,16 @@ def evaluate(
     for note in notes:
         console.say(note)
     measured = measure(codec, measured_split, indices, reader, console)
+    frechet = frechet_figures(measured, data, split, reader, console)
+    if not processes.main:
+        return {}
     record = {
         "run": run.name,
         "split": split,
         "images": len(indices),
         "reconstruction": reconstruction_figures(measured),
         "decoder_bits_per_dim": decoder_bits(codec, measured),
-        "frechet": frechet_figures(measured, data, split, reader, console),
+        "frechet": frechet,
         "codes": code_figures(codec, measured.usage),
         "bits": bit_figures(codec, measured.usage),
         "worst": worst_images(measured, indices),
@@ -188,15 +208,14 @@ def frechet_figures(
     anchor = None
     if split != "train" and count >= MINIMUM_IMAGES["frechet"]:
         train.set_epoch(None)
+
+        def features(span: Sequence[int]) -> Result:
+            return {"features": reader.features(train.__getitems__(span)["images"])}
+
         places = spread(np.arange(len(train)), count)
-        parts = []
-        with console.progress("training images, for comparison", count, "images") as progress:
-            for start in range(0, count, 128):
-                images = train.__getitems__(places[start : start + 128])["images"]
-                parts.append(reader.features(images))
-                progress.advance(len(images))
+        found = measured_batches(places, 128, features, "training images, for comparison", console)
         held_against = of_images[spread(np.arange(len(of_images)), count)]
-        anchor = frechet_distance(held_against, torch.cat(parts))
+        anchor = frechet_distance(held_against, found["features"])
     return {
         "reconstructions": frechet_distance(of_images, of_made),
         "images": len(of_images),

@@ -16,7 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pipelines.drawing import Samples, in_batches, joined
+from pipelines.drawing import Samples, in_batches, joined, samples_of, slowest
+from pipelines.processes import Result, join
 from pipelines.sample_request import SampleRequest
 from priors.base import LatentPrior, Prior
 from priors.sampling import Noise, SampleOptions
@@ -33,8 +34,8 @@ def draw_frames(
     ends: Codes,
     labels: Tensor | None,
     console: Console,
-) -> Samples:
-    """``request.images`` frames from the first image to the second, both ends included.
+) -> Samples | None:
+    """``request.images`` frames from the first image to the second, both ends included; shared as by `draw_samples`.
 
     Args:
         priors: of every level that is made, coarse to fine.
@@ -50,7 +51,8 @@ def draw_frames(
     latents = [prior if isinstance(prior, LatentPrior) else None for prior in priors]
     arcs: list[Tensor | None] = []
     frames = []
-    with torch.no_grad(), console.progress("interpolating", request.images, "images") as progress:
+    processes = join()
+    with torch.no_grad(), processes.together(), console.progress("interpolating", request.images, "images") as progress:
         for level, (prior, latent) in enumerate(zip(priors, latents, strict=True)):
             prior.to(device).eval()
             start = time.perf_counter()
@@ -58,8 +60,8 @@ def draw_frames(
             z = None if latent is None else latent.encode_latent(given[-1], given[:-1], end_labels)
             arcs.append(None if z is None else great_arc(z, shares))
             seconds[prior.spec.target.name] += time.perf_counter() - start
-        for indices in in_batches(request.images, request.batch_size):
-            rows = list(indices)
+
+        def make(rows: list[int]) -> Result:
             label = None if frame_labels is None else frame_labels[rows].to(device)
             codes: Codes = ()
             for level, (prior, latent, arc) in enumerate(zip(priors, latents, arcs, strict=True)):
@@ -77,8 +79,14 @@ def draw_frames(
             images = to_uint8(codec.decode(codes)).cpu()
             seconds["decode"] += time.perf_counter() - start
             own = None if frame_labels is None else frame_labels[rows]
-            frames.append(Samples(tuple(maps.cpu() for maps in codes), images, own, {}))
-    return joined(frames, seconds)
+            return Samples(tuple(maps.cpu() for maps in codes), images, own, {}).tensors()
+
+        batches = list(map(list, in_batches(request.images, request.batch_size)))
+        for result in processes.in_order(batches, make):
+            if processes.main:
+                frames.append(samples_of(result))
+        seconds = slowest(processes, seconds)
+    return joined(frames, seconds) if processes.main else None
 
 
 def great_arc(ends: Tensor, shares: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ rate is -log p(codes | y); adding -log p(y) makes the sum a bound for the image 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipelines.diagnosis.codec_figures import images_at_once
-from pipelines.run_codes import code_batches
+from pipelines.processes import Result, join
+from pipelines.run_codes import BATCH, code_batches
 from pipelines.run_images import run_images
 from priors.base import Density, Prior
 from priors.sampling import Noise
@@ -76,7 +77,8 @@ def read_held_out(
 ) -> HeldOut:
     """``images`` test images (None: all) of a run: the two terms of their likelihood that are not a prior's, and more.
 
-    ``source`` is where the data is now, if it was moved.
+    ``source`` is where the data is now, if it was moved. The processes of a launcher, each calling this alike, share
+    the work, and all have the whole result.
 
     Raises:
         MismatchError: the data are not the ones the codes were made from.
@@ -88,23 +90,32 @@ def read_held_out(
     shown = data.splits["test"].__getitems__(pictured)["images"]
     device = next(codec.parameters()).device
     scale = codec.decoder_scale.cpu()
-    nats = []
-    step = images_at_once(codec)
     measures = {"mse": mse, "psnr": psnr, **({"ssim": ssim} if has_torchmetrics() else {})}
-    found: dict[str, list[Tensor]] = {name: [] for name in measures}
-    with torch.no_grad(), console.progress("decoder's likelihood", len(indices), "images") as progress:
-        for start in range(0, len(indices), step):
-            span = indices[start : start + step]
-            batch = data.splits["test"].__getitems__(span)["images"]
-            codes = tuple(level.to(device) for level in test.__getitems__(span)["codes"])
-            made = codec.decode(codes).cpu()
-            nats.append(discretized_gaussian_nats(batch, made, scale))
-            for name, measure in measures.items():
-                found[name].append(measure(made, batch).double())
+
+    def measure_batch(span: Sequence[int]) -> Result:
+        batch = data.splits["test"].__getitems__(span)["images"]
+        codes = tuple(level.to(device) for level in test.__getitems__(span)["codes"])
+        made = codec.decode(codes).cpu()
+        errors = {name: measure(made, batch).double() for name, measure in measures.items()}
+        return {"nats": discretized_gaussian_nats(batch, made, scale), **errors}
+
+    found = measured_batches(indices, images_at_once(codec), measure_batch, "decoder's likelihood", console)
+    measured = found.pop("nats"), label_nats(store, indices)
+    return HeldOut(test, indices, pictured, shown, picture_labels, *measured, found, data)
+
+
+def measured_batches(
+    indices: Sequence[int], size: int, measure: Callable[[Sequence[int]], Result], title: str, console: Console
+) -> dict[str, Tensor]:
+    """What ``measure`` gives for all ``indices``, ``size`` at a time, joined; shared by the processes of a launcher."""
+    processes = join()
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    parts = []
+    with torch.no_grad(), processes.together(), console.progress(title, len(indices), "images") as progress:
+        for batch, part in zip(batches, processes.in_order(batches, measure), strict=True):
+            parts.append(part)
             progress.advance(len(batch))
-    measured = torch.cat(nats), label_nats(store, indices)
-    reconstruction = {name: torch.cat(parts) for name, parts in found.items()}
-    return HeldOut(test, indices, pictured, shown, picture_labels, *measured, reconstruction, data)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def has_torchmetrics() -> bool:
@@ -147,17 +158,18 @@ def label_nats(store: CodeStore, indices: Sequence[int]) -> Tensor:
 
 
 def code_density(prior: Prior, held_out: HeldOut, level: int, console: Console) -> Density:
-    """log p(codes | coarser codes, label) of each held-out image: (B,) float64 nats; of a bound, the lower bound."""
-    count = len(held_out.indices)
-    parts: list[Density] = []
-    done = 0
+    """log p(codes | coarser codes, label) of each held-out image: (B,) float64 nats; of a bound, the lower bound.
+
+    Shared by the processes of a launcher, as `read_held_out` is.
+    """
     prior.eval()
+
+    def measure_batch(places: Sequence[int]) -> Result:
+        span = [held_out.indices[place] for place in places]
+        ((codes, context, label),) = code_batches(held_out.codes, level, span, prior.device)
+        noise = Noise(0, tuple(places), level)
+        density = prior.log_prob(codes, context, label, noise=noise, samples=ESTIMATOR_SAMPLES)
+        return {name: figure.cpu().double() for name, figure in density._asdict().items()}
+
     title = f"likelihood: {prior.name}, {prior.spec.target.name}"
-    with torch.no_grad(), console.progress(title, count, "images") as progress:
-        for codes, context, label in code_batches(held_out.codes, level, held_out.indices, prior.device):
-            noise = Noise(0, tuple(range(done, done + len(codes))), level)
-            density = prior.log_prob(codes, context, label, noise=noise, samples=ESTIMATOR_SAMPLES)
-            parts.append(Density(*(figure.cpu().double() for figure in density)))
-            done += len(codes)
-            progress.advance(len(codes))
-    return Density(*(torch.cat(figures) for figures in zip(*parts, strict=True)))
+    return Density(**measured_batches(range(len(held_out.indices)), BATCH, measure_batch, title, console))

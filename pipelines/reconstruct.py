@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from pipelines.encode import fitted_to
+from pipelines.processes import join
 from pipelines.settings import run_settings
 from pipelines.train_codes import some_images
 from vqgen.codec import HierarchicalVQVAE
@@ -35,7 +35,7 @@ def reconstruct(
     """
     check_split(split)
     run.require_stage("codec", "train-codes --resume")
-    codec = HierarchicalVQVAE.from_pretrained(run.codec).to(Accelerator().device)
+    codec = HierarchicalVQVAE.from_pretrained(run.codec).to(join().device)
     config = run_settings(run, source=source)
     data = load_data(fitted_to(codec, config.data), config.seed, notify=console.say)
     data.splits[split].set_epoch(None)

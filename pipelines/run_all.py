@@ -30,7 +30,8 @@ def run_all(
 ) -> dict[str, Any]:
     """Train codec and priors, sample, reconstruct and compare; a stage that is finished is skipped.
 
-    Under a launcher all processes train, and the first one does the rest; the others return nothing.
+    The processes of a launcher share every stage but the reconstructions. The first one writes, and the others return
+    nothing.
 
     Returns:
         Seconds of each stage, the comparison, and where the report and the sample grid are.
@@ -50,16 +51,18 @@ def run_all(
     for level in levels:
         for name in dict.fromkeys(mix[level] for mix in mixes if level in mix):
             timed(f"{name}, {level}", partial(_train, run, config, name, level, console, hint))
-    if not first_process():
-        return {}
     covered = list(takewhile(trained_priors(run).__contains__, levels))
     request = SampleRequest(best_priors(run, covered), images=config.run.samples, seed=config.seed)
     drawn = timed("samples", partial(sample, run, request, "best", console)) if covered else {"grid": None}
     source = config.data.source
-    shown = timed("reconstructions", partial(reconstruct, run, source, "validation", 8, None, console))
+    shown = {}
+    if first_process():
+        shown = timed("reconstructions", partial(reconstruct, run, source, "validation", 8, None, console))
     quality = QualityRequest(samples=max(config.run.samples, COMPARED), cas=False)
     sized = partial(compare, quality=quality, seed=config.seed, source=source)
     compared = timed("comparison", partial(sized, run, mixes, console))
+    if not compared:
+        return {}
     return {
         "run": str(run.path),
         "seconds": seconds,

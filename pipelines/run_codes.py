@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from priors.base import PriorSpec
+from vqgen.code_info import ENCODE_AGAIN, INFO
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.codes import Codes
@@ -42,7 +43,10 @@ def open_store(run: RunFolder) -> CodeStore:
 def open_codes(run: RunFolder) -> tuple[HierarchicalVQVAE, CodeStore]:
     """The codec of a run and its codes; raises like `open_store`."""
     store = open_store(run)
-    return HierarchicalVQVAE.from_pretrained(run.codec), store
+    codec = HierarchicalVQVAE.from_pretrained(run.codec)
+    if (store.info.levels, store.info.image) != (codec.levels, codec.spec):
+        raise InputError(f"The sizes in {run.codes / INFO} are not those of the codec in {run.codec}.", ENCODE_AGAIN)
+    return codec, store
 
 
 def prior_spec(store: CodeStore, level: int) -> PriorSpec:

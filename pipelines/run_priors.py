@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.run_codes import code_batches, prior_spec
+from pipelines.processes import join
+from pipelines.run_codes import CPU, code_batches, prior_spec
 from priors import registry
 from priors.base import LatentPrior, Prior
 from priors.sampling import SampleOptions
@@ -65,6 +66,12 @@ def load_priors(run: RunFolder, chosen: Mapping[str, str], codec: HierarchicalVQ
             )
         registry.get(name)
         prior = Prior.from_pretrained(run.prior(name, level))
+        number = [own.name for own in codec.levels].index(level)
+        if (prior.name, prior.spec.target, prior.spec.context) != (name, codec.levels[number], codec.levels[:number]):
+            raise MismatchError(
+                f"{run.prior(name, level)} holds no {name} prior of level '{level}' of this run's codec.",
+                f"Train it again with `{run.command(f'train-prior --prior {name} --level {level} --overwrite')}`.",
+            )
         if prior.spec.codec_fingerprint != print_of_codec:
             raise MismatchError(
                 f"The {name} prior of level '{level}' was trained on codes of another codec.",
@@ -75,10 +82,13 @@ def load_priors(run: RunFolder, chosen: Mapping[str, str], codec: HierarchicalVQ
 
 
 def fit_baseline(name: str, store: CodeStore, level: int) -> Prior:
-    """A prior without training, counted on the training codes."""
-    prior = registry.get(name)({}, prior_spec(store, level))
-    prior.prepare(code_batches(store.split("train"), level))
-    return prior.eval()
+    """A prior without training, counted on the training codes, on the CPU; several processes count a share each."""
+    processes, train = join(), store.split("train")
+    device = processes.device if processes.count > 1 else CPU  # counts are added up where the processes meet
+    prior = registry.get(name)({}, prior_spec(store, level)).to(device)
+    share = range(processes.rank, len(train), processes.count)
+    prior.prepare(code_batches(train, level, share, device))
+    return prior.cpu().eval()
 
 
 def check_guidance(run: RunFolder, priors: Sequence[Prior], options: Mapping[str, SampleOptions]) -> None:

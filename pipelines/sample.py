@@ -8,17 +8,21 @@ This is the stage, read top to bottom; its parts are `pipelines.sample_request` 
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict
 from functools import cache, partial
+from math import ceil
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from pipelines.begun import Begun
 from pipelines.classify import run_classifier
 from pipelines.drawing import Known, Samples, draw_samples, image_labels
 from pipelines.interpolation import draw_frames
 from pipelines.keeping import keep_masks, kept_shares
+from pipelines.processes import join
 from pipelines.run_codes import open_codes
 from pipelines.run_priors import best_priors, check_guidance, check_latent, load_priors, trained_priors
 from pipelines.sample_files import (
@@ -33,6 +37,7 @@ from pipelines.sample_request import SampleRequest, parse_labels, request_from_o
 from pipelines.sample_sources import Sources, read_sources, source_labels
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
+from vqgen.hub import fingerprint
 from vqgen.run_folder import RunFolder
 
 __all__ = [
@@ -58,20 +63,33 @@ def sample(
 ) -> dict[str, Any]:
     """Sample images from a run's priors into ``samples/<name>`` of the run; returns what sample.json holds.
 
-    ``data`` is where the run's images are now, if they were moved: a classifier may have to be trained on them.
+    ``data`` is where the run's images are now, if they were moved: a classifier may have to be trained on them. The
+    processes of a launcher share the drawing; the first one writes, and the others return nothing.
 
     Raises:
         InputError: a prior that is not trained on a level or cannot do what is asked, a source image or a mask that
             cannot be used, or a name that is no plain name.
         MismatchError: a prior made for another codec.
     """
+    with join().together():
+        return _sample(run, request, name, console, data)
+
+
+def _sample(run: RunFolder, request: SampleRequest, name: str, console: Console, data: str | None) -> dict[str, Any]:
     run.samples(name)  # a name that cannot be one is refused before the work
     codec, store = open_codes(run)
     priors = load_priors(run, request.priors, codec)
     check_guidance(run, priors, request.options or {})
     if request.interpolate:
         check_latent(run, priors[0])
-    codec.to(Accelerator().device)
+    processes = join()
+    batches = ceil(request.images / request.batch_size)
+    if batches < processes.count:
+        console.say(
+            f"{batches} batch{'es' * (batches > 1)} for {processes.count} processes: some have nothing to do. "
+            "A smaller --batch-size gives every one of them a part."
+        )
+    codec.to(processes.device)
     sources = read_sources(request.sources, codec, store, console) if request.sources else None
     keep = kept_of(request, codec, sources, console)
     classifier = cache(partial(run_classifier, run, console, source=data))
@@ -81,19 +99,52 @@ def sample(
 
     if sources is None:
         judge = classifier() if request.keep_best > 1 else None
-        samples = draw_samples(codec, priors, store, request, console, classifier=judge)
-        return write_samples(run, name, samples, request, store, provenance(run, request))
+        begun = begun_of(run, request, name, sources, keep, own_labels)
+        drawn = draw_samples(codec, priors, store, request, console, classifier=judge, begun=begun)
+        if drawn is None:
+            return {}
+        written = write_samples(run, name, drawn, request, store, provenance(run, request))
+        begun.remove()
+        return written
     if request.interpolate:
         labels = torch.tensor(request.labels).expand(2) if request.labels else own_labels
-        samples = draw_frames(codec, priors, request, sources.codes, labels, console)
+        drawn = draw_frames(codec, priors, request, sources.codes, labels, console)
     else:
         judge = classifier() if request.keep_best > 1 else None
         known = Known(sources.codes, keep)
-        samples = draw_samples(
-            codec, priors, store, request, console, known=known, known_labels=own_labels, classifier=judge
+        drawn = draw_samples(
+            codec,
+            priors,
+            store,
+            request,
+            console,
+            known=known,
+            known_labels=own_labels,
+            classifier=judge,
+            begun=begun_of(run, request, name, sources, keep, own_labels),
         )
+    if drawn is None:
+        return {}
     start = start_from(codec, request, sources, keep, own_labels)
-    return write_samples(run, name, samples, request, store, provenance(run, request), start)
+    written = write_samples(run, name, drawn, request, store, provenance(run, request), start)
+    begun_of(run, request, name, sources, keep, own_labels).remove()
+    return written
+
+
+def begun_of(
+    run: RunFolder,
+    request: SampleRequest,
+    name: str,
+    sources: Sources | None,
+    keep: tuple[Tensor, ...],
+    labels: Tensor | None,
+) -> Begun:
+    """What was drawn of this very request before it was stopped: same priors, same source images, same classifier."""
+    given = [*(sources.codes if sources is not None else ()), *keep, *([] if labels is None else [labels])]
+    digest = hashlib.sha256(b"".join(value.contiguous().cpu().numpy().tobytes() for value in given)).hexdigest()
+    judge = fingerprint(run.classifier) if request.keep_best > 1 else None
+    about = {**provenance(run, request), "request": asdict(request), "from": digest, "classifier": judge}
+    return Begun(run.samples(name), about)
 
 
 def kept_of(

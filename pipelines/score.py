@@ -21,12 +21,12 @@ from typing import Any
 
 import PIL
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 import vqgen
 from pipelines.diagnosis.codec_figures import images_at_once as decoded_at_once
 from pipelines.likelihood import ESTIMATOR_SAMPLES
+from pipelines.processes import Result, join
 from pipelines.report.columns import BASELINES
 from pipelines.run_codes import open_codes
 from pipelines.run_priors import best_priors, fit_baseline, load_priors
@@ -50,6 +50,8 @@ from vqgen.metrics import mse
 from vqgen.run_folder import RunFolder
 
 LONGEST_NAME = 80
+PLACE, MAP = "place", "map "
+"""Names, beside the columns, of the places in the split and of the bits by position."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,18 @@ class Scorer:
 def score(run: RunFolder, request: ScoreRequest, name: str, console: Console) -> dict[str, Any]:
     """Score the images of ``request`` and write ``scores/<name>`` in the run; returns what scores.json holds.
 
+    The processes of a launcher share the images; the first one writes, and the others return nothing.
+
     Raises:
         InputError: a prior that is not trained or has no likelihood, a source that cannot be used, labels that are
             needed and are not there, twice the same images, or a name that is no plain name.
         MismatchError: a prior made for another codec, or the run's images are others than they were.
     """
+    with join().together():
+        return _score(run, request, name, console)
+
+
+def _score(run: RunFolder, request: ScoreRequest, name: str, console: Console) -> dict[str, Any]:
     run.scores(name)  # a name that cannot be one is refused before the work
     coder = check_coder()
     codec, store = open_codes(run)
@@ -124,7 +133,7 @@ def score(run: RunFolder, request: ScoreRequest, name: str, console: Console) ->
     baseline_chosen = parse_priors(request.baseline, levels)
     baseline = density_priors(run, baseline_chosen, codec, store, "--baseline")
     labels = choose_labels(run, store, [*priors, *baseline], request.label)
-    device = Accelerator().device
+    device = join().device
     codec.to(device)
     for prior in (*priors, *baseline):
         prior.to(device).eval()
@@ -140,7 +149,9 @@ def score(run: RunFolder, request: ScoreRequest, name: str, console: Console) ->
         refuse_same(*sets)
     if other := earlier_sources(run.scores(name), sets):
         console.warn(f"{run.scores(name)} holds scores of {other}; they are replaced. --out names another folder.")
-    scored = [score_set(scorer, images, console) for images in sets]
+    scored = [found for images in sets if (found := score_set(scorer, images, console)) is not None]
+    if not scored:
+        return {}
     without = [prior.spec.target.name for prior in priors if prior.spec.target.name not in scored[0].maps]
     if request.maps and without:
         console.say(f"--maps: no bits by position at {', '.join(without)} ({_names(chosen, without)}); left out.")
@@ -221,53 +232,78 @@ def _names(chosen: Mapping[str, str], levels: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def score_set(scorer: Scorer, images: ScoredSet, console: Console) -> Scores:
-    """The scores of every image of a set, in its order."""
-    codec, priors = scorer.codec, scorer.priors
-    device, scale = next(codec.parameters()).device, codec.decoder_scale.cpu()
+def score_set(scorer: Scorer, images: ScoredSet, console: Console) -> Scores | None:
+    """The scores of every image of a set, in its order; shared by the processes of a launcher.
+
+    Every process calls this alike; all but the first are given None.
+    """
+    processes, codec = join(), scorer.codec
     kept: list[int] = []
-    parts: list[dict[str, Tensor]] = []
+    parts: list[Result] = []
     maps: list[CodeBits] = []
-    step = min(images_at_once([*priors, *scorer.baseline], scorer.labels.passes), decoded_at_once(codec))
-    with console.progress(f"scoring {images.source}", len(images.indices), "images") as progress:
-        for places, batch in images.batches(step):
+    step = min(images_at_once([*scorer.priors, *scorer.baseline], scorer.labels.passes), decoded_at_once(codec))
+    batches = [images.indices[start : start + step] for start in range(0, len(images.indices), step)]
+
+    def make(indices: Sequence[int]) -> Result:
+        places, batch = images.read(indices)
+        return score_batch(scorer, images, places, batch) if places else {}
+
+    title = f"scoring {images.source}"
+    with processes.together(), console.progress(title, len(images.indices), "images") as progress:
+        for number, result in enumerate(processes.in_order(batches, make)):
+            columns = dict(result)
+            places = columns.pop(PLACE).tolist() if columns else []
             progress.advance(len(places))
-            if not places:
+            unread = [index for index in batches[number] if index not in places]
+            if processes.main and number % processes.count and unread:
+                images.read(unread)  # by another process before: now the one that speaks names them
+            if not (processes.main and places):
                 continue
-            codes = tuple(level.cpu() for level in codec.encode(to_float(batch).to(device)))
-            made = codec.decode(tuple(level.to(device) for level in codes)).cpu()
-            given = None
-            if scorer.labels.use == "given":
-                assert images.classes is not None
-                given = torch.from_numpy(images.classes[places])
-            rate = code_bits(priors, codes, scorer.labels, given, places)
-            base = code_bits(scorer.baseline, codes, scorer.labels, given, places)
-            columns = {f"{level.name}_bits": bits for level, bits in zip(codec.levels, rate.levels, strict=True)}
-            decoder = discretized_gaussian_nats(batch, made, scale) / LN2
-            label = torch.zeros_like(decoder)
-            if given is not None and scorer.labels.shares is not None:
-                label = -scorer.labels.shares.log2()[given]
-            total = rate.total + decoder + label
-            complexity = complexity_bits(batch)
-            columns |= {
-                "code_bits": rate.total,
-                "decoder_bits": decoder,
-                "label_bits": label,
-                "total_bits": total,
-                "bits_per_dim": total / codec.spec.dims,
-                "complexity_bits": complexity,
-                "complexity_corrected": total - complexity,
-                "baseline_bits": base.total,
-                "ratio": rate.total - base.total,
-                "mse": mse(made, to_float(batch)).double(),
-            }
+            shown = [columns.pop(f"{MAP}{level.name}", None) for level in codec.levels]
+            maps += [CodeBits((), tuple(shown))] if scorer.maps else []
             parts.append(columns)
             kept += places
-            maps += [rate] if scorer.maps else []
+    if not processes.main:
+        return None
     if not kept:
         raise InputError(f"None of the images of '{images.source}' can be read.")
     columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return Scores(images, kept, columns, maps_of(codec.levels, maps))
+
+
+def score_batch(scorer: Scorer, images: ScoredSet, places: Sequence[int], batch: Tensor) -> dict[str, Tensor]:
+    """Every score of the images (B, C, H, W) at ``places``, (B,) float64 each, `PLACE`, and the maps by level."""
+    codec, priors = scorer.codec, scorer.priors
+    device, scale = next(codec.parameters()).device, codec.decoder_scale.cpu()
+    codes = tuple(level.cpu() for level in codec.encode(to_float(batch).to(device)))
+    made = codec.decode(tuple(level.to(device) for level in codes)).cpu()
+    given = None
+    if scorer.labels.use == "given":
+        assert images.classes is not None
+        given = torch.from_numpy(images.classes[places])
+    rate = code_bits(priors, codes, scorer.labels, given, places)
+    base = code_bits(scorer.baseline, codes, scorer.labels, given, places)
+    decoder = discretized_gaussian_nats(batch, made, scale) / LN2
+    label = torch.zeros_like(decoder)
+    if given is not None and scorer.labels.shares is not None:
+        label = -scorer.labels.shares.log2()[given]
+    total = rate.total + decoder + label
+    complexity = complexity_bits(batch)
+    columns = {f"{level.name}_bits": bits for level, bits in zip(codec.levels, rate.levels, strict=True)} | {
+        "code_bits": rate.total,
+        "decoder_bits": decoder,
+        "label_bits": label,
+        "total_bits": total,
+        "bits_per_dim": total / codec.spec.dims,
+        "complexity_bits": complexity,
+        "complexity_corrected": total - complexity,
+        "baseline_bits": base.total,
+        "ratio": rate.total - base.total,
+        "mse": mse(made, to_float(batch)).double(),
+        PLACE: torch.tensor(places),
+    }
+    shown = zip(codec.levels, rate.maps, strict=True) if scorer.maps else ()
+    return columns | {f"{MAP}{level.name}": bits for level, bits in shown if bits is not None}
 
 
 def described(run: RunFolder, chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:

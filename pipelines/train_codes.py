@@ -6,23 +6,26 @@ decoder's likelihood on the validation split, saves, and hands over to `pipeline
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from pipelines.codec_task import CodecTask, DiscriminatedCodecTask
 from pipelines.encode import encode_splits
 from pipelines.info import next_command
 from pipelines.settings import require_codec_settings, run_settings, save_settings
+from vqgen.agreement import together
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.config import Config
 from vqgen.console import Console, first_process
 from vqgen.data import ImageData, ImageSplit, load_data
 from vqgen.errors import InputError, MismatchError
-from vqgen.files import write_json
+from vqgen.files import clear_remains, write_json
 from vqgen.hub import fingerprint
 from vqgen.image_split import spread
 from vqgen.images import to_float
@@ -44,10 +47,18 @@ def train_codes(
     ``hint`` tells an interrupted user how to go on.
 
     Raises:
-        InputError: the run already holds a codec, trained or begun, and neither ``resume`` nor ``overwrite`` is given.
+        InputError: the run already holds a codec, trained or begun, and neither ``resume`` nor ``overwrite`` is given;
+            or another process is training it, or a prior on its codes.
         ConfigError: ``resume`` with settings other than the run's.
         MismatchError: ``resume`` with images other than the run's.
     """
+    with ExitStack() as stack:
+        return _train_codes(stack, run, config, console, resume, overwrite, hint)
+
+
+def _train_codes(
+    stack: ExitStack, run: RunFolder, config: Config, console: Console, resume: bool, overwrite: bool, hint: str
+) -> dict[str, Any]:
     done = None if overwrite else run.stage("codec")
     begun = not overwrite and CheckpointStore(run.codec / "checkpoints", 1).latest() is not None
     if (done or begun) and not resume:
@@ -74,19 +85,21 @@ def train_codes(
         return _saved(run, config, None, done)
     accelerator = make_accelerator(config.codec.training, len(config.codec.players))
     if done:
+        _claim(run, accelerator, stack)
         codec = HierarchicalVQVAE.from_pretrained(run.codec).to(accelerator.device)
     else:
         with preserved_random_state():
             seed_random_state(config.seed, 0)
             codec = HierarchicalVQVAE(config.codec.architecture, data.image)
             task = make_task(codec, config, data)
-        if overwrite:  # only now that nothing more can be refused
-            remove_all(run, console)
-        if accelerator.is_main_process:
-            run.create()
-            save_settings(run, config)
-            notes = {"notes": list(data.notes), "values": None if data.values is None else list(data.values)}
-            run.record_data({"description": data.description, "fingerprint": data.fingerprint, **notes})
+        _claim(run, accelerator, stack)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                if overwrite:  # only now that nothing more can be refused
+                    remove_all(run, console)
+                save_settings(run, config)
+                notes = {"notes": list(data.notes), "values": None if data.values is None else list(data.values)}
+                run.record_data({"description": data.description, "fingerprint": data.fingerprint, **notes})
         console.say(describe(codec, data))
         validation = data.splits["validation"]
         with peak_memory(accelerator.device) as memory:
@@ -113,19 +126,28 @@ def train_codes(
             "parameters": sum(p.numel() for p in codec.parameters()),
             "validation": {**result.best, **figures},
         }
+        with together(accelerator):
+            if accelerator.is_main_process:
+                codec.save_pretrained(run.codec)
+                write_json(run.codec / "metrics.json", done["validation"])
+                done["fingerprint"] = fingerprint(run.codec)
+                run.record_stage("codec", done)
+    usage = encode_splits(run.codes, codec, fingerprint(run.codec), data, console, config.codec.training.batch_size)
+    with together(accelerator):
         if accelerator.is_main_process:
-            codec.save_pretrained(run.codec)
-            write_json(run.codec / "metrics.json", done["validation"])
-            done["fingerprint"] = fingerprint(run.codec)
-            run.record_stage("codec", done)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        usage = encode_splits(run.codes, codec, fingerprint(run.codec), data, console, config.codec.training.batch_size)
-        run.record_stage("codes", usage)
-        for spec in codec.levels:
-            console.say(usage[spec.name]["verdict"])
-    accelerator.wait_for_everyone()
+            run.record_stage("codes", usage)
+            for spec in codec.levels:
+                console.say(usage[spec.name]["verdict"])
     return done
+
+
+def _claim(run: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Make the run where there is none, and keep other commands from its codec until ``stack`` closes."""
+    with together(accelerator):
+        if accelerator.is_main_process:
+            run.create()
+            stack.enter_context(run.working("codec"))
+            clear_remains(run.path)
 
 
 def _saved(run: RunFolder, config: Config, stored: Config | None, record: dict[str, Any] | None) -> dict[str, Any]:

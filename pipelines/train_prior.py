@@ -6,12 +6,12 @@ alone; the codec is not touched and, but for its codebooks, not even read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -20,17 +20,20 @@ from priors import registry
 from priors.base import Prior
 from priors.registry import PriorSettings
 from priors.sampling import Noise
+from vqgen.agreement import together
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
+from vqgen.compiling import Part
 from vqgen.config import Config
-from vqgen.console import Console
+from vqgen.console import Console, first_process
 from vqgen.errors import ConfigError, InputError
-from vqgen.files import write_json
+from vqgen.files import clear_remains, write_json
 from vqgen.hub import fingerprint
 from vqgen.images import image_grid, to_uint8
 from vqgen.memory import peak_memory
 from vqgen.metrics import nats_to_bits
+from vqgen.parsing import load_json
 from vqgen.run_folder import RunFolder
 from vqgen.training import Task, fit, make_accelerator
 from vqgen.training_state import plain, refuse_differences
@@ -54,6 +57,9 @@ class PriorTask(Task):
 
     def player_modules(self) -> dict[str, torch.nn.Module]:
         return self.model.player_modules()
+
+    def compilable(self) -> Sequence[Part]:
+        return self.model.compilable()
 
     def forward(self, batch: Mapping[str, Any], player: str, progress: float, step: int) -> dict[str, Tensor]:
         codes, context, label = split_batch(batch, self.level)
@@ -156,17 +162,33 @@ def train_priors(
             given = identity_of(name, settings[level], config.seed)
             console.say(f"{name}, {level}: already trained{_kept(record, given, run, keep_finished)}.")
             records[level] = record
-    # A precision that this machine has not, or a tracker, is refused before anything is removed.
+    # A precision that this machine has not, a tracker, or damaged codes, are refused before anything is removed.
     for level, job in chosen.items():
         make_accelerator(settings[level].training, players=len(registry.get(job.name).players))
-    for job in jobs if overwrite else ():
-        remove_prior(run, job.name, [level for level in chosen if chosen[level] is job], console)
-    for level, (name, config, _) in chosen.items():
-        if level not in records:
-            records[level] = train_level(
-                run, name, known.index(level), settings[level], config.seed, codec, store, console, resume, hint
-            )
+    with ExitStack() as stack:
+        with together(PartialState()):
+            if first_process():
+                trained = [(job.name, level) for level, job in chosen.items() if level not in records]
+                for split in ("train", "validation") if trained else ():
+                    store.split(split).verify()
+                _claim(run, trained, stack)
+                for job in jobs if overwrite else ():
+                    remove_prior(run, job.name, [level for level in chosen if chosen[level] is job], console)
+        for level, (name, config, _) in chosen.items():
+            if level not in records:
+                records[level] = train_level(
+                    run, name, known.index(level), settings[level], config.seed, codec, store, console, resume, hint
+                )
     return records
+
+
+def _claim(run: RunFolder, trained: Sequence[tuple[str, str]], stack: ExitStack) -> None:
+    """Keep other commands from these priors (name, level) until ``stack`` closes, and from changing the codec."""
+    if trained:
+        stack.enter_context(run.working("codec", shared=True))
+    for name, level in trained:
+        stack.enter_context(run.working(run.prior_stage(name, level)))
+        clear_remains(run.prior(name, level))
 
 
 def identity_of(name: str, settings: PriorSettings, seed: int) -> dict[str, Any]:
@@ -197,7 +219,7 @@ def remove_prior(run: RunFolder, name: str, levels: Sequence[str], console: Cons
     doomed = [run.prior_stage(name, level) for level in levels]
     for path in sorted([*run.path.glob("samples/*/sample.json"), *run.path.glob("scores/*/scores.json")]):
         try:
-            used = json.loads(path.read_text(encoding="utf-8"))["priors"]
+            used = load_json(path)["priors"]
             made_with_it = any(level in levels and prior["name"] == name for level, prior in used.items())
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # not a record of ours: not ours to remove
@@ -231,10 +253,11 @@ def train_level(
     parameters = sum(p.numel() for p in prior.parameters())
     console.say(f"{name}, {target.name}: {parameters:,} parameters; {len(train):,} code maps")
     record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "parameters": parameters, "validation": {}}
-    if accelerator.is_main_process and not CheckpointStore(folder / "checkpoints", 1).latest():
-        training = settings.training.model_dump(mode="json", exclude_none=True)
-        begun = {**identity, "config": settings.config.model_dump(mode="json"), "training": training}
-        write_json(folder / "settings.json", begun)
+    with together(accelerator):
+        if accelerator.is_main_process and not CheckpointStore(folder / "checkpoints", 1).latest():
+            training = settings.training.model_dump(mode="json", exclude_none=True)
+            begun = {**identity, "config": settings.config.model_dump(mode="json"), "training": training}
+            write_json(folder / "settings.json", begun)
     if prior.players:
         with peak_memory(accelerator.device) as memory:
             result = fit(
@@ -255,12 +278,12 @@ def train_level(
         record["peak_memory"] = memory.peak
     prior.eval()
     prior.calibrate(code_batches(validation, level, device=prior.device))
-    if accelerator.is_main_process:
-        prior.save_pretrained(folder)
-        write_json(folder / "metrics.json", record["validation"])
-        record |= {"fingerprint": fingerprint(folder), "settings": identity}
-        run.record_stage(run.prior_stage(name, target.name), record)
-    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            prior.save_pretrained(folder)
+            write_json(folder / "metrics.json", record["validation"])
+            record |= {"fingerprint": fingerprint(folder), "settings": identity}
+            run.record_stage(run.prior_stage(name, target.name), record)
     return record
 
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from einops import reduce
 from torch import Tensor, nn
 
 from pipelines.classify import run_classifier
 from pipelines.code_sources import decoded
+from pipelines.processes import join
 from pipelines.quality.inception import WIDTH, open_inception
 from pipelines.run_codes import open_store
 from vqgen.checkpoint import preserved_random_state
@@ -161,7 +161,7 @@ def codec_reader(codec: HierarchicalVQVAE) -> Read:
 
 def inception_extractor(network: nn.Module, weights: str, console: Console) -> Extractor:
     """The pooled features of Inception v3; grey images are shown as colour, and alpha is left out."""
-    device = Accelerator().device
+    device = join().device
     network.to(device)
 
     def read(images: Tensor) -> Sequence[Tensor]:

@@ -7,7 +7,7 @@ on them, so nothing needs to be carved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,11 +60,6 @@ class ScoredSet:
     """What is done to the pixels."""
     read: Read
     """From places in the split to those that can be read, and their pictures, uint8 (B, C, H, W)."""
-
-    def batches(self, size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """The places and pictures of every scored image, ``size`` at a time."""
-        for start in range(0, len(self.indices), size):
-            yield self.read(self.indices[start : start + size])
 
 
 def open_set(

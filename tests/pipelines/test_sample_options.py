@@ -264,6 +264,7 @@ def test_the_best_of_one_is_ordinary_sampling(sampled: Sampled) -> None:
 
 def test_the_best_of_several(run: Path, sampled: Sampled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.sample.run_classifier", lambda *args, **kwargs: Brightness())
+    monkeypatch.setattr("pipelines.sample.fingerprint", lambda folder: "brightness")
     arguments = ("-n", "10", "--prior", "unigram", "--keep-best", "3")
     record, codes = sampled(*arguments)
     kept = torch.tensor(record["kept_attempts"])

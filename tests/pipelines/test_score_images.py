@@ -34,7 +34,7 @@ def opened(finished_run: Path) -> Callable[..., ScoredSet]:
 
 
 def pictures_of(found: ScoredSet) -> Tensor:
-    return torch.cat([images for _, images in found.batches(4)])
+    return found.read(found.indices)[1]
 
 
 def save(folder: Path, images: np.ndarray, suffix: str = ".png") -> None:
@@ -110,7 +110,7 @@ def test_a_broken_picture_has_no_score_and_the_others_keep_their_place(
     save(tmp_path, images)
     (tmp_path / "1.png").write_bytes(b"not a picture")
     found = opened(tmp_path)
-    batches = list(found.batches(2))
+    batches = [found.read(found.indices[start : start + 2]) for start in (0, 2)]
     assert [places for places, _ in batches] == [[0], [2, 3]]
     assert torch.equal(batches[0][1][0], torch.from_numpy(images[0]).movedim(-1, 0))
 

@@ -1,0 +1,194 @@
+"""How much faster two processes are than one, stage by stage; and what a step of ImageNet-256 costs.
+
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py --processes 1 2 --json scaling.json
+    python benchmarks/scaling.py --cost imagenet256 --json cost.json
+
+The first measures every stage that processes share, on shapes of 32x32, one core a process. Each stage is a command
+under torchrun, given twice with different amounts of work: images per second are the difference of the amounts over
+that of the times, so that starting Python and reading the data do not count. Training goes by the seconds of training
+steps that the run records. The global batch is the same for any number of processes.
+
+The second builds the codec and the priors of a preset and counts the floating-point operations of one training step
+for one image, forward and backward, with torch's own counter (matrix products and convolutions; a multiplication and
+an addition are two), and the bytes of float32 that the forward pass keeps for the backward pass. The priors are only
+traced, so that they need no memory. ``--time N`` also times a step of N images on this machine's CPU, for each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.settings import new_run_settings
+from priors import registry
+from priors.base import Prior, PriorSpec
+from vqgen.codec import HierarchicalVQVAE
+from vqgen.codes import ImageSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, STEPS = 64, 40
+"""Images a step in all processes together, and steps of each training."""
+IMAGES = 2000
+SETTINGS = """
+data: {source: shapes, image_size: 32, count: %d}
+codec:
+  {strides: [8, 4], codebook_size: 256, code_dim: 32, width: 64, residual_blocks: 2, residual_width: 32,
+   training: {steps: %d, batch_size: %d, evaluate_images: 1, preview_every: 100000}}
+run: {priors: [transformer]}
+priors:
+  transformer: {dim: 128, depth: 4, training: {steps: %d, batch_size: %d, evaluate_images: 1, preview_every: 100000}}
+"""
+
+
+def launched(processes: int, *arguments: str) -> float:
+    """Seconds that a command takes under torchrun."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*launcher, "-m", "--", "vqgen", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return time.perf_counter() - start
+
+
+def stages(folder: Path, processes: int) -> dict[str, float]:
+    """Images per second of every stage."""
+    config = folder / f"{processes}.yaml"
+    each = BATCH // processes
+    config.write_text(SETTINGS % (IMAGES, STEPS, each, STEPS, each), encoding="utf-8")
+    run = folder / str(processes)
+    place = ["--run", str(run)]
+    launched(processes, "train-codes", "--config", str(config), *place)
+    launched(processes, "train-prior", "--prior", "transformer", *place)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+    found = {name: STEPS * BATCH / record[name]["seconds"] for name in ("codec", "priors/transformer/bottom")}
+
+    def pace(*arguments: str, few: int, many: int, option: Sequence[str]) -> float:
+        seconds = [launched(processes, *arguments, *place, *option, str(count)) for count in (few, many)]
+        return (many - few) / max(seconds[1] - seconds[0], 1e-9)
+
+    sampling = ["sample", "--batch-size", "32", "--out", "timed"]
+    found["sample"] = pace(*sampling, few=64, many=320, option=["-n"])
+    found["score"] = pace("score", "--split", "train", "--label", "none", few=128, many=1024, option=["-n"])
+    seconds = []
+    for number, count in enumerate((IMAGES, 5 * IMAGES)):
+        sets = folder / f"more-{count}.npz"
+        if not sets.exists():
+            make_images(sets, count)
+        out = folder / f"codes-{processes}-{number}"
+        seconds.append(launched(processes, "encode", *place, "--data", str(sets), "--out", str(out)))
+    found["encode"] = 4 * IMAGES / max(seconds[1] - seconds[0], 1e-9)
+    return found
+
+
+def make_images(path: Path, count: int) -> None:
+    """``count`` pictures of noise, 32x32."""
+    import numpy as np
+
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+
+
+def cost(preset: str, images: int) -> dict[str, dict[str, Any]]:
+    """Of the codec and of each prior of a preset: parameters, operations of a training step for one image, seconds."""
+    config = new_run_settings(preset, None)
+    size = config.data.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    spec = ImageSpec(config.data.channels or 3, height, width)
+    # The codec's step depends on values (which codes are near), so this one is computed.
+    codec = HierarchicalVQVAE(config.codec.architecture, spec)
+    pictures = torch.rand(max(images, 1), spec.channels, height, width) * 2 - 1
+    found = {"codec": counted(codec, lambda model, count: model(pictures[:count]).loss)}
+    for name in dict.fromkeys(choice for choice in config.run.priors if isinstance(choice, str)):
+        for number, level in enumerate(codec.levels):
+            settings = registry.prior_settings(name, config.priors.get(name, {}), level.name)
+            prior_spec = PriorSpec(level, codec.levels[:number], 1000)
+
+            def loss(model: Prior, count: int, number: int = number) -> torch.Tensor:
+                maps = [torch.zeros(count, at.height, at.width, dtype=torch.int64) for at in codec.levels[: number + 1]]
+                labels = torch.zeros(count, dtype=torch.int64)
+                return model(maps[-1], tuple(maps[:-1]), labels, player=model.players[0])["loss"]
+
+            with FakeTensorMode():
+                prior = registry.get(name)(settings.config, prior_spec)
+                found[f"{name}, {level.name}"] = counted(prior, loss)
+            if images:
+                real = registry.get(name)(settings.config, prior_spec)
+                found[f"{name}, {level.name}"]["seconds"] = timed(real, loss, images)
+    if images:
+        found["codec"]["seconds"] = timed(codec, lambda model, count: model(pictures).loss, images)
+    return found
+
+
+def counted(model: Any, loss: Any) -> dict[str, Any]:
+    """Parameters; operations of one training step for one image; bytes that its forward pass keeps for the backward."""
+    model.train()
+    own = {parameter.untyped_storage()._cdata for parameter in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss(model, 1).backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "flops": counter.get_total_flops(), "activations": sum(kept.values())}
+
+
+def timed(model: Any, loss: Any, images: int) -> float:
+    """Seconds per image of one training step, the least of three."""
+    model.train()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        loss(model, images).backward()
+        best = min(best, (time.perf_counter() - start) / images)
+        model.zero_grad()
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cost", metavar="PRESET", help="count the operations of a preset instead")
+    parser.add_argument("--time", type=int, default=0, metavar="N", help="with --cost, also time a step of N images")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    if options.cost:
+        found: dict[str, Any] = cost(options.cost, options.time)
+        for name, row in found.items():
+            seconds = f"{row['seconds']:9.2f} s" if "seconds" in row else ""
+            size = f"{row['parameters'] / 1e6:8.1f} M {row['flops'] / 1e9:10.1f} GFLOP"
+            print(f"{name:<20} {size} {row['activations'] / 2**20:8.0f} MiB an image {seconds}")
+    else:
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for processes in options.processes:
+                found[str(processes)] = stages(Path(folder), processes)
+        first = found[str(options.processes[0])]
+        for name in first:
+            paces = [found[str(processes)][name] for processes in options.processes]
+            shown = "  ".join(f"{pace:8.1f}" for pace in paces)
+            print(f"{name:<28} images/s {shown}   x {paces[-1] / paces[0]:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
