@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -26,6 +27,8 @@ from vqgen.files import disk_errors, is_alive
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _LONGEST = 300
 """Characters that are shown of what a lock file says."""
+_LETTING_GO = 200
+"""Times, a hundredth of a second apart, that a lock is tried whose holder has ended."""
 
 _held: list[IO[str]] = []
 """The lock files that this process has open."""
@@ -55,9 +58,10 @@ def locked(path: Path, *, wait: bool = False, shared: bool = False, what: str = 
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             try:
-                fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise _refusal(file, what or str(path.parent)) from None
+                if wait:
+                    fcntl.flock(file, kind)
+                elif not _locked_now(file, kind):
+                    raise _refusal(file, what or str(path.parent))
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -73,6 +77,22 @@ def locked(path: Path, *, wait: bool = False, shared: bool = False, what: str = 
             if signed and not shared:  # where others share it, the note may be theirs
                 with suppress(OSError):
                     _write(file, "")
+
+
+def _locked_now(file: IO[str], kind: int) -> bool:
+    """Whether the lock could be had without waiting for a process that works."""
+    import fcntl
+
+    for _ in range(_LETTING_GO):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            # A holder that has ended was killed in the moment between starting a child and the child's letting go.
+            if not _ended_here(_note(file)):
+                return False
+        time.sleep(0.01)
+    return False
 
 
 def _refusal(file: IO[str], what: str) -> InputError:
@@ -119,6 +139,11 @@ def _alive_here(note: dict[str, Any] | None) -> bool:
     if note is None or note["host"] != platform.node() or note["pid"] == os.getpid() or note["pid"] <= 0:
         return False
     return is_alive(note["pid"])
+
+
+def _ended_here(note: dict[str, Any] | None) -> bool:
+    """Whether the process of a note was one of this machine, and has ended."""
+    return note is not None and note["host"] == platform.node() and not is_alive(note["pid"])
 
 
 def _let_go() -> None:

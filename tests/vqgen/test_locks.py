@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,6 +82,21 @@ def test_a_child_of_the_killed_holder_does_not_keep_the_lock(tmp_path: Path) -> 
         other.wait()
         with locked(tmp_path / ".lock"):
             pass
+
+
+def test_a_lock_whose_holder_has_ended_is_waited_for(tmp_path: Path) -> None:
+    """As when the holder was killed and its child has not come to letting go yet."""
+    path = tmp_path / ".lock"
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    path.write_text(json.dumps({"pid": ended.pid, "host": platform.node(), "since": "now", "command": "vqgen"}))
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        letting_go = threading.Timer(0.2, file.close)
+        letting_go.start()
+        with locked(path):
+            assert file.closed
+        letting_go.join()
 
 
 def test_shared_locks_go_together_but_not_with_another(tmp_path: Path) -> None:
