@@ -11,7 +11,9 @@ steps that the run records. The global batch is the same for any number of proce
 The second builds the codec and the priors of a preset and counts the floating-point operations of one training step
 for one image, forward and backward, with torch's own counter (matrix products and convolutions; a multiplication and
 an addition are two), and the bytes of float32 that the forward pass keeps for the backward pass. The priors are only
-traced, so that they need no memory. ``--time N`` also times a step of N images on this machine's CPU, for each model.
+traced, so that they need no memory. ``--time N`` also takes whole steps of N images (forward, backward, Adam) of each
+model on ``--device`` in ``--precision``, and says what rate that is, what share of the rate of one large matrix product
+there, and how many hours of one such device the preset's own number of steps would take.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +39,7 @@ from priors import registry
 from priors.base import Prior, PriorSpec
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.codes import ImageSpec
+from vqgen.config import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS = 64, 40
@@ -50,6 +54,21 @@ run: {priors: [transformer]}
 priors:
   transformer: {dim: 128, depth: 4, training: {steps: %d, batch_size: %d, evaluate_images: 1, preview_every: 100000}}
 """
+
+
+class Timing(NamedTuple):
+    """How a step is timed; ``images`` of 0 is not at all."""
+
+    images: int
+    device: str
+    dtype: str
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
 def launched(processes: int, *arguments: str) -> float:
@@ -83,7 +102,7 @@ def stages(folder: Path, processes: int) -> dict[str, float]:
 
     sampling = ["sample", "--batch-size", "32", "--out", "timed"]
     found["sample"] = pace(*sampling, few=64, many=320, option=["-n"])
-    found["score"] = pace("score", "--split", "train", "--label", "none", few=128, many=1024, option=["-n"])
+    found["score"] = pace("score", "--split", "train", "--label", "given", few=128, many=1024, option=["-n"])
     seconds = []
     for number, count in enumerate((IMAGES, 5 * IMAGES)):
         sets = folder / f"more-{count}.npz"
@@ -102,7 +121,7 @@ def make_images(path: Path, count: int) -> None:
     np.savez(path, images=np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
 
 
-def cost(preset: str, images: int) -> dict[str, dict[str, Any]]:
+def cost(preset: str, timing: Timing) -> dict[str, dict[str, Any]]:
     """Of the codec and of each prior of a preset: parameters, operations of a training step for one image, seconds."""
     config = new_run_settings(preset, None)
     size = config.data.image_size
@@ -110,27 +129,38 @@ def cost(preset: str, images: int) -> dict[str, dict[str, Any]]:
     spec = ImageSpec(config.data.channels or 3, height, width)
     # The codec's step depends on values (which codes are near), so this one is computed.
     codec = HierarchicalVQVAE(config.codec.architecture, spec)
-    pictures = torch.rand(max(images, 1), spec.channels, height, width) * 2 - 1
-    found = {"codec": counted(codec, lambda model, count: model(pictures[:count]).loss)}
+
+    def codec_loss(model: HierarchicalVQVAE, count: int, device: str) -> torch.Tensor:
+        return model(torch.rand(count, spec.channels, height, width, device=device) * 2 - 1).loss
+
+    found = {"codec": measured(codec, codec, codec_loss, timing, config.codec.training)}
     for name in dict.fromkeys(choice for choice in config.run.priors if isinstance(choice, str)):
         for number, level in enumerate(codec.levels):
             settings = registry.prior_settings(name, config.priors.get(name, {}), level.name)
             prior_spec = PriorSpec(level, codec.levels[:number], 1000)
 
-            def loss(model: Prior, count: int, number: int = number) -> torch.Tensor:
-                maps = [torch.zeros(count, at.height, at.width, dtype=torch.int64) for at in codec.levels[: number + 1]]
-                labels = torch.zeros(count, dtype=torch.int64)
+            def loss(model: Prior, count: int, device: str, number: int = number) -> torch.Tensor:
+                levels = codec.levels[: number + 1]
+                maps = [torch.zeros(count, at.height, at.width, dtype=torch.int64, device=device) for at in levels]
+                labels = torch.zeros(count, dtype=torch.int64, device=device)
                 return model(maps[-1], tuple(maps[:-1]), labels, player=model.players[0])["loss"]
 
             with FakeTensorMode():
-                prior = registry.get(name)(settings.config, prior_spec)
-                found[f"{name}, {level.name}"] = counted(prior, loss)
-            if images:
-                real = registry.get(name)(settings.config, prior_spec)
-                found[f"{name}, {level.name}"]["seconds"] = timed(real, loss, images)
-    if images:
-        found["codec"]["seconds"] = timed(codec, lambda model, count: model(pictures).loss, images)
+                traced = registry.get(name)(settings.config, prior_spec)
+            real = registry.get(name)(settings.config, prior_spec) if timing.images else None
+            found[f"{name}, {level.name}"] = measured(traced, real, loss, timing, settings.training)
     return found
+
+
+def measured(traced: Any, real: Any, loss: Any, timing: Timing, training: TrainingSettings) -> dict[str, Any]:
+    """What a model's step takes, counted, and timed where that is wanted."""
+    with FakeTensorMode() if traced is not real else nullcontext():
+        row = counted(traced, loss)
+    if timing.images:
+        row["seconds"] = timed(real, loss, timing)
+        row["flops_per_second"] = row["flops"] / row["seconds"]
+        row["hours"] = (training.steps or 0) * training.batch_size * training.accumulate * row["seconds"] / 3600
+    return row
 
 
 def counted(model: Any, loss: Any) -> dict[str, Any]:
@@ -146,20 +176,39 @@ def counted(model: Any, loss: Any) -> dict[str, Any]:
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        loss(model, 1).backward()
+        loss(model, 1, "cpu").backward()
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "flops": counter.get_total_flops(), "activations": sum(kept.values())}
 
 
-def timed(model: Any, loss: Any, images: int) -> float:
+def timed(model: Any, loss: Any, timing: Timing) -> float:
     """Seconds per image of one training step, the least of three."""
-    model.train()
+    model.to(timing.device).train()
+    model.zero_grad()
+    optimizer = torch.optim.Adam(model.parameters())
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        loss(model, images).backward()
-        best = min(best, (time.perf_counter() - start) / images)
+        with timing.precision():
+            total = loss(model, timing.images, timing.device)
+        total.backward()
+        optimizer.step()
         model.zero_grad()
+        timing.wait()
+        best = min(best, (time.perf_counter() - start) / timing.images)
+    return best
+
+
+def matrix_rate(timing: Timing, side: int = 4096) -> float:
+    """Operations per second of a product of two large square matrices, the best of five."""
+    left, right = torch.rand(2, side, side, device=timing.device)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        with timing.precision():
+            torch.matmul(left, right)
+        timing.wait()
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
 
 
@@ -168,14 +217,26 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cost", metavar="PRESET", help="count the operations of a preset instead")
     parser.add_argument("--time", type=int, default=0, metavar="N", help="with --cost, also time a step of N images")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where --time computes")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="in what --time computes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     if options.cost:
-        found: dict[str, Any] = cost(options.cost, options.time)
+        timing = Timing(options.time, options.device, options.precision)
+        found: dict[str, Any] = cost(options.cost, timing)
+        rate = matrix_rate(timing) if timing.images else 0.0
         for name, row in found.items():
-            seconds = f"{row['seconds']:9.2f} s" if "seconds" in row else ""
             size = f"{row['parameters'] / 1e6:8.1f} M {row['flops'] / 1e9:10.1f} GFLOP"
-            print(f"{name:<20} {size} {row['activations'] / 2**20:8.0f} MiB an image {seconds}")
+            print(f"{name:<20} {size} {row['activations'] / 2**20:8.0f} MiB an image", end="")
+            if timing.images:
+                pace, hours = row["flops_per_second"], row["hours"]
+                print(
+                    f" {row['seconds']:9.3f} s, {pace / 1e9:8.1f} GFLOP/s, {pace / rate:4.0%}, {hours:,.0f} h", end=""
+                )
+            print()
+        if timing.images:
+            print(f"a product of two matrices of 4096x4096: {rate / 1e9:.1f} GFLOP/s")
+            found["matrix product"] = {"flops_per_second": rate}
     else:
         found = {}
         with tempfile.TemporaryDirectory() as folder:
