@@ -76,10 +76,11 @@ def run_classifier(run: RunFolder, console: Console, *, source: str | None = Non
     """
     processes = join()
     with processes.main_first():
-        return _open_classifier(run, console, source).to(processes.device)
+        made = not processes.main  # by the first one, just now: its record may not be seen from here yet
+        return _open_classifier(run, console, source, made=made).to(processes.device)
 
 
-def _open_classifier(run: RunFolder, console: Console, source: str | None) -> ImageClassifier:
+def _open_classifier(run: RunFolder, console: Console, source: str | None, *, made: bool) -> ImageClassifier:
     info = open_store(run).info
     if not info.class_names:
         raise InputError(
@@ -87,7 +88,7 @@ def _open_classifier(run: RunFolder, console: Console, source: str | None) -> Im
             "Do without it, or start a run from labelled images.",
         )
     anew = f"Remove the folder {run.classifier}: the classifier is then made anew when it is next needed."
-    if run.stage(STAGE) and run.classifier.is_dir():
+    if made or (run.stage(STAGE) and run.classifier.is_dir()):
         try:
             model = ImageClassifier.from_pretrained(run.classifier)
         except VqgenError as error:

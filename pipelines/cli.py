@@ -10,13 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import click
 
 from pipelines import cli_about, cli_compress, cli_evaluate, cli_results, cli_score, cli_sweep, cli_train
 from pipelines.cli_options import again
+from pipelines.launcher import check_launcher, ignored_precision, launched
+from pipelines.say_once import say_once
 from vqgen import __version__
 from vqgen.errors import Interrupted, VqgenError
 from vqgen.interrupts import terminable
@@ -28,8 +30,6 @@ FIRST_ALONE = ("reconstruct", "diagnose", "compress", "decompress")
 """Commands that compute, and that the first process of a launcher does by itself."""
 RESUMABLE = (*TRAINING, "sweep", "encode", "sample")
 """Commands that go on where they were interrupted."""
-PATIENCE = 3.0
-"""Seconds within which a launcher ends its processes after one of them has failed."""
 
 
 class Commands(click.Group):
@@ -41,7 +41,11 @@ class Commands(click.Group):
 
 def run() -> None:
     """Run the command line and leave with its exit code."""
-    sys.exit(call(sys.argv[1:]))
+    code = call(sys.argv[1:])
+    distributed = sys.modules.get("torch.distributed")
+    if code == 0 and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()  # torch complains of one that is left on a GPU
+    sys.exit(code)
 
 
 def call(arguments: Sequence[str]) -> int:
@@ -49,15 +53,24 @@ def call(arguments: Sequence[str]) -> int:
 
     Under a launcher, what is not `SHARED` is done by the first process alone.
     """
-    if not arguments or arguments[0] in SHARED or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        check_launcher()
+    except VqgenError as error:
+        if first:
+            _complain(f"Error: {error}")
+        return error.exit_code
+    if first and arguments and arguments[0] in TRAINING and (ignored := ignored_precision()):
+        _complain(f"warning: {ignored}")
+    if not arguments or arguments[0] in SHARED or launched() == 1:
         return _call(arguments)
-    if os.environ.get("RANK", "0") != "0":
+    if not first:
         return 0
     if arguments[0] not in FIRST_ALONE:
         return _call(arguments)
     from pipelines.processes import alone
 
-    _complain(f"vqgen {arguments[0]} works in one process: the first of {os.environ['WORLD_SIZE']} does it.")
+    _complain(f"vqgen {arguments[0]} works in one process: the first of {launched()} does it.")
     with alone():
         return _call(arguments)
 
@@ -69,16 +82,15 @@ def _call(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.ClickException as error:
-        _let_the_first_speak()
-        error.show()
+        say_once(error.format_message(), error.show)
         return error.exit_code
     except VqgenError as error:
-        if not error.said_elsewhere:
-            _let_the_first_speak()
-            _complain(f"Error: {error}")
+        say_once(str(error), partial(_complain, f"Error: {error}"), elsewhere=error.said_elsewhere)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo(f"Interrupted. {again(arguments) if arguments[0] in RESUMABLE else ''}".rstrip(), err=True)
+        goes_on = bool(arguments) and (arguments[0] in RESUMABLE or "--train" in arguments)
+        line = f"Interrupted. {again(arguments) if goes_on else ''}".rstrip()
+        say_once(line, partial(click.echo, line, err=True), interrupted=True)
         return Interrupted.exit_code
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -88,7 +100,8 @@ def _call(arguments: Sequence[str]) -> int:
         else:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        _complain(f"Error: {error.strerror}{place}. {cure}")
+        text = f"{error.strerror}{place}. {cure}"
+        say_once(text, partial(_complain, f"Error: {text}"))
         return VqgenError.exit_code
     except (RuntimeError, MemoryError) as error:
         from vqgen.faults import fault_of_machine
@@ -98,20 +111,9 @@ def _call(arguments: Sequence[str]) -> int:
         fault = fault_of_machine(error, f"Lower {lowered} or make the model smaller.")
         if fault is None:
             raise
-        _complain(f"Error: {fault}")
+        say_once(str(fault), partial(_complain, f"Error: {fault}"))
         return fault.exit_code
     return 0
-
-
-def _let_the_first_speak() -> None:
-    """Wait, in a process other than the first, before the processes have met, with what is to be said.
-
-    Mostly the first one says the same, as the command line and the files are the same: its launcher then ends this
-    process before the time is over. What only this one has met, such as a file that its machine lacks, it says itself.
-    """
-    met = getattr(sys.modules.get("torch.distributed"), "is_initialized", bool)()
-    if os.environ.get("RANK", "0") != "0" and not met:
-        time.sleep(PATIENCE)
 
 
 def _complain(text: str) -> None:

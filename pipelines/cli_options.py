@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipelines.launcher import launched
 from vqgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [defau
 NEW_RUN = click.option("--run", "run_path", metavar="DIR", help="Run folder.  [default: runs/<preset>]")
 CONFIG = click.option("--config", metavar="NAME|FILE", help="Preset or YAML file.  [default: shapes]")
 RUN_OF_PRESET = click.option("--config", metavar="NAME", help="Preset that names the run in runs/.")
-DATA = click.option("--data", metavar="SOURCE", help="Folder, parquet, .npy, .npz, saved set, or hub name.")
+DATA = click.option("--data", metavar="SOURCE", help="Folder, parquet, .tar, .npy, .npz, saved set, or hub name.")
 SET = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of everything random.  [default: 0]")
 MINUTES = click.option(
@@ -60,19 +60,12 @@ def count_option(default: int | None, text: str) -> Callable[[F], F]:
     return click.option("-n", "images", type=click.IntRange(1), default=default, show_default=True, help=text)
 
 
-def with_compile(sets: tuple[str, ...], compiled: bool) -> tuple[str, ...]:
-    """The assignments given, and that of ``--compile`` before them, so that ``--set`` has the last word."""
-    return ("training.compile=true", *sets) if compiled else sets
-
-
-def with_auto_batch(sets: tuple[str, ...], auto_batch: bool) -> tuple[str, ...]:
-    """The assignments given, and that of ``--auto-batch`` before them, as in `with_compile`."""
-    return ("training.auto_batch=true", *sets) if auto_batch else sets
-
-
-def with_streaming(sets: tuple[str, ...], streaming: bool) -> tuple[str, ...]:
-    """The assignments given, and that of ``--streaming`` before them."""
-    return ("data.streaming=true", *sets) if streaming else sets
+def with_flags(
+    sets: Sequence[str], *, streaming: bool = False, compiled: bool = False, auto_batch: bool = False
+) -> tuple[str, ...]:
+    """The assignments given, and before them those that flags stand for, so that ``--set`` has the last word."""
+    flags = {"data.streaming": streaming, "training.compile": compiled, "training.auto_batch": auto_batch}
+    return (*(f"{key}=true" for key, given in flags.items() if given), *sets)
 
 
 def load_plugins(plugins: Sequence[str]) -> None:
@@ -129,7 +122,7 @@ def again(arguments: Sequence[str] | None = None) -> str:
     typed = click.get_current_context().obj if arguments is None else arguments
     kept = [argument for argument in typed if argument not in ("--overwrite", "--retry")]
     resume = [] if kept[0] in ("run", "sweep", "compare", "encode", "sample") or "--resume" in kept else ["--resume"]
-    launcher = "the same launcher and " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    launcher = "the same launcher and " if launched() > 1 else ""
     return f"Go on with: {launcher}vqgen {shlex.join([*kept, *resume])}"
 
 

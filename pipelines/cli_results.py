@@ -63,7 +63,9 @@ Example: vqgen sample --prior top=transformer,bottom=pixelcnn --label 3 -n 16
 )
 @click.option("--interpolate", is_flag=True, help="Go from the first --from to the second.")
 @options(SEED)
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images drawn at once by a process."
+)
 @click.option("--out", "name", metavar="NAME", help="Folder under samples/ in the run.  [default: from the options]")
 @click.option("--data", metavar="SOURCE", help="Where the run's images are now, if a classifier is to be trained.")
 @options(PLUGIN, JSON)

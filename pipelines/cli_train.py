@@ -32,13 +32,18 @@ from pipelines.cli_options import (
     options,
     print_comparison,
     record_command,
-    with_auto_batch,
-    with_compile,
-    with_streaming,
+    with_flags,
 )
 
 
-@click.command("run", epilog="Example: vqgen run --config shapes")
+@click.command(
+    "run",
+    epilog="""\b
+Example: vqgen run --config shapes
+         vqgen run --data my-images/ --run runs/mine
+         vqgen run --streaming --data my-shards/ --run runs/large
+""",
+)
 @options(CONFIG, DATA, STREAMING, NEW_RUN, SET, SEED, MINUTES, OVERWRITE, COMPILE, AUTO_BATCH, PLUGIN, JSON)
 def run_command(
     config: str | None,
@@ -62,13 +67,11 @@ def run_command(
     from pipelines.settings import every_training, training_minutes
 
     load_plugins(plugins)
-    run, settings = open_new_run(config, data, run_path, with_streaming(sets, streaming), seed, None)
+    run, settings = open_new_run(config, data, run_path, with_flags(sets, streaming=streaming), seed, None)
+    if flags := with_flags((), compiled=compiled, auto_batch=auto_batch):
+        settings = every_training(settings, flags, sets)
     if minutes is not None:
         settings = training_minutes(settings, minutes)
-    if compiled:
-        settings = every_training(settings, "compile=true")
-    if auto_batch:
-        settings = every_training(settings, "auto_batch=true")
     console = make_console(as_json)
     result = run_all(run, settings, console, overwrite=overwrite, hint=again())
     record_command(run)
@@ -82,7 +85,13 @@ def run_command(
     finish(console, result, as_json, {"samples": result["grid"], "report": result["report"]}, "")
 
 
-@click.command("train-codes", epilog="Example: vqgen train-codes --config cifar10 --set training.steps=600")
+@click.command(
+    "train-codes",
+    epilog="""\b
+Example: vqgen train-codes --config cifar10 --set training.steps=600
+         vqgen train-codes --config imagenet128 --auto-batch --compile --set training.mixed_precision=bf16
+""",
+)
 @options(CONFIG, DATA, STREAMING, NEW_RUN, SET, SEED, MINUTES, RESUME, OVERWRITE, COMPILE, AUTO_BATCH, PLUGIN, JSON)
 def train_codes_command(
     config: str | None,
@@ -103,7 +112,7 @@ def train_codes_command(
     from pipelines.train_codes import train_codes
 
     load_plugins(plugins)
-    sets = with_streaming(with_auto_batch(with_compile(sets, compiled), auto_batch), streaming)
+    sets = with_flags(sets, streaming=streaming, compiled=compiled, auto_batch=auto_batch)
     run, settings = open_new_run(config, data, run_path, sets, seed, minutes, short_for="codec")
     console = make_console(as_json)
     record = train_codes(run, settings, console, resume=resume, overwrite=overwrite, hint=again())
@@ -117,10 +126,18 @@ def train_codes_command(
     )
 
 
-@click.command("encode", epilog="Example: vqgen encode --data my-images/ --out my-codes")
+@click.command(
+    "encode",
+    epilog="""\b
+Example: vqgen encode --data my-images/ --out my-codes
+         vqgen encode --streaming --data my-shards/ --out my-codes
+""",
+)
 @options(RUN, RUN_OF_PRESET, click.option("--data", required=True, metavar="SOURCE", help="Images to encode."))
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the codes.")
-@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images encoded at once by a process."
+)
 @options(STREAMING, JSON)
 def encode_command(
     run_path: str | None, config: str | None, data: str, out: Path, batch_size: int, streaming: bool, as_json: bool
@@ -165,7 +182,7 @@ def train_prior_command(
     load_plugins(plugins)
     run = open_run(run_path, config)
     going_on = resume and not overwrite
-    sets = with_auto_batch(with_compile(sets, compiled), auto_batch)
+    sets = with_flags(sets, compiled=compiled, auto_batch=auto_batch)
     jobs = [
         Job(name, prior_settings_of_run(run, name, own, sets, seed=seed, minutes=minutes, resume=going_on), own)
         for name, own in prior_mix(run, prior, levels, sets).items()

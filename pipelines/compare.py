@@ -63,6 +63,7 @@ from vqgen.code_store import CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.console import Console
 from vqgen.errors import InputError
+from vqgen.hub import fingerprint
 from vqgen.memory import meaning, peak_memory
 from vqgen.run_folder import RunFolder
 
@@ -163,6 +164,10 @@ def _measure(
     mixes = {mix_name(mix): mix for mix in _coarse_to_fine(chosen or every_trained(run, levels), levels)}
     mixes = {name: mix for name, mix in mixes.items() if name not in BASELINES}  # these are rows of their own
     trained = [load_priors(run, mix, codec) for mix in mixes.values()]  # and so are priors, before any other work
+    if join().count > 1:
+        places = {run.prior(name, level) for mix in mixes.values() for level, name in mix.items()}
+        used = {str(place.relative_to(run.path)): fingerprint(place) for place in sorted(places)}
+        join().require_alike({"codec": fingerprint(run.codec), "codes": store.fingerprint, "rows": mixes, **used})
     baselines = [[fit_baseline(name, store, level) for level in range(len(levels))] for name in BASELINES]
     if plan.features and extractor is None:
         extractor = open_extractor(asked, run, codec, console, source=source)

@@ -6,11 +6,11 @@ equal budget, and says so.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.launcher import launched
 from pipelines.settings import prior_settings_of_run, run_settings
 from pipelines.train_prior import Job, train_priors
 from priors import registry
@@ -56,7 +56,7 @@ def require_one_process() -> None:
     Raises:
         InputError: it did.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise InputError(
             "compare --train trains on one process.", "Train with `vqgen train-prior` on all of them, then compare."
         )

@@ -30,7 +30,7 @@ from pipelines.codec_measures import (
     reconstruction_figures,
     worst_images,
 )
-from pipelines.encode import fitted_to
+from pipelines.encode import fitted_to, name_unreadable
 from pipelines.likelihood import measured_batches
 from pipelines.processes import Result, join
 from pipelines.quality.extractors import Extractor, check_extractor, open_extractor
@@ -110,6 +110,7 @@ def _evaluate(
     measured_split = data.splits[split]
     measured_split.set_epoch(None)
     indices = spread(np.arange(len(measured_split)), images or len(measured_split))
+    processes.require_alike({"codec": fingerprint(run.codec), "images": [data.fingerprint, len(measured_split)]})
     notes = notes_on(codec, data, split, own, len(indices))
     reader, least = None, MINIMUM_IMAGES["frechet"]
     if len(indices) < least:
@@ -122,6 +123,7 @@ def _evaluate(
     for note in notes:
         console.say(note)
     measured = measure(codec, measured_split, indices, reader, console)
+    name_unreadable(measured_split)
     frechet = frechet_figures(measured, data, split, reader, console)
     if not processes.main:
         return {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.diagnosis.codec_figures import images_at_once
+from pipelines.encode import name_unreadable
 from pipelines.processes import Result, join
 from pipelines.run_codes import BATCH, code_batches
 from pipelines.run_images import run_images
@@ -100,6 +101,7 @@ def read_held_out(
         return {"nats": discretized_gaussian_nats(batch, made, scale), **errors}
 
     found = measured_batches(indices, images_at_once(codec), measure_batch, "decoder's likelihood", console)
+    name_unreadable(data.splits["test"])
     measured = found.pop("nats"), label_nats(store, indices)
     return HeldOut(test, indices, pictured, shown, picture_labels, *measured, found, data)
 

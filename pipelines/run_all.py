@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.compare import compare
 from pipelines.comparison_quality import QualityRequest
+from pipelines.processes import join
 from pipelines.reconstruct import reconstruct
 from pipelines.sample import SampleRequest, best_priors, sample, trained_priors
 from pipelines.train_codes import train_codes
@@ -52,12 +53,14 @@ def run_all(
         for name in dict.fromkeys(mix[level] for mix in mixes if level in mix):
             timed(f"{name}, {level}", partial(_train, run, config, name, level, console, hint))
     covered = list(takewhile(trained_priors(run).__contains__, levels))
-    request = SampleRequest(best_priors(run, covered), images=config.run.samples, seed=config.seed)
-    drawn = timed("samples", partial(sample, run, request, "best", console)) if covered else {"grid": None}
+    best = join().decided(best_priors(run, covered))
+    request = SampleRequest(best, images=config.run.samples, seed=config.seed)
+    drawn = timed("samples", partial(sample, run, request, "best", console)) if best else {"grid": None}
     source = config.data.source
     shown = {}
-    if first_process():
-        shown = timed("reconstructions", partial(reconstruct, run, source, "validation", 8, None, console))
+    with join().together():
+        if first_process():
+            shown = timed("reconstructions", partial(reconstruct, run, source, "validation", 8, None, console))
     quality = QualityRequest(samples=max(config.run.samples, COMPARED), cas=False)
     sized = partial(compare, quality=quality, seed=config.seed, source=source)
     compared = timed("comparison", partial(sized, run, mixes, console))

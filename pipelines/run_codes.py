@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from vqgen.code_info import ENCODE_AGAIN, INFO
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.codes import Codes
-from vqgen.errors import InputError, MismatchError, did_you_mean
+from vqgen.errors import InputError, MismatchError, VqgenError, did_you_mean
 from vqgen.hub import fingerprint
 from vqgen.run_folder import RunFolder
 
 BATCH = 256
 CPU = torch.device("cpu")
+
+Batch = tuple[Tensor, Codes, Tensor | None]
+"""Codes, context and label, as `Prior.prepare` takes them."""
 
 
 def open_store(run: RunFolder) -> CodeStore:
@@ -68,13 +72,32 @@ def split_batch(batch: Mapping[str, Any], level: int) -> tuple[Tensor, Codes, Te
 
 def code_batches(
     split: CodeSplit, level: int, indices: Sequence[int] | None = None, device: torch.device = CPU
-) -> Iterator[tuple[Tensor, Codes, Tensor | None]]:
-    """(codes, context, label) of a split, or of some of its images, in order, as `Prior.prepare` takes them."""
+) -> Iterator[Batch]:
+    """The codes of a split, or of some of its images, in order."""
     chosen = range(len(split)) if indices is None else indices
     for start in range(0, len(chosen), BATCH):
         codes, context, label = split_batch(split.__getitems__(chosen[start : start + BATCH]), level)
         on_device = tuple(coarser.to(device) for coarser in context)
         yield codes.to(device), on_device, None if label is None else label.to(device)
+
+
+@contextmanager
+def as_far_as_read(batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """``batches`` up to one that cannot be read, whose error is raised at the end of the block.
+
+    For a block that ends in a sum over all processes, as `Prior.prepare` does: the one that fails must come so far.
+    """
+    failed: list[VqgenError] = []
+
+    def read() -> Iterator[Batch]:
+        try:
+            yield from batches
+        except VqgenError as error:
+            failed.append(error)
+
+    yield read()
+    if failed:
+        raise failed[0]
 
 
 def check_levels(levels: Iterable[str], known: Sequence[str], option: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.processes import join
-from pipelines.run_codes import CPU, code_batches, prior_spec
+from pipelines.run_codes import CPU, as_far_as_read, code_batches, prior_spec
 from priors import registry
 from priors.base import LatentPrior, Prior
 from priors.sampling import SampleOptions
@@ -87,7 +87,8 @@ def fit_baseline(name: str, store: CodeStore, level: int) -> Prior:
     device = processes.device if processes.count > 1 else CPU  # counts are added up where the processes meet
     prior = registry.get(name)({}, prior_spec(store, level)).to(device)
     share = range(processes.rank, len(train), processes.count)
-    prior.prepare(code_batches(train, level, share, device))
+    with processes.together(), as_far_as_read(code_batches(train, level, share, device)) as batches:
+        prior.prepare(batches)
     return prior.cpu().eval()
 
 

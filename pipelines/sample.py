@@ -89,6 +89,8 @@ def _sample(run: RunFolder, request: SampleRequest, name: str, console: Console,
             f"{batches} batch{'es' * (batches > 1)} for {processes.count} processes: some have nothing to do. "
             "A smaller --batch-size gives every one of them a part."
         )
+    if processes.count > 1:
+        processes.require_alike(provenance(run, request))
     codec.to(processes.device)
     sources = read_sources(request.sources, codec, store, console) if request.sources else None
     keep = kept_of(request, codec, sources, console)
@@ -99,9 +101,9 @@ def _sample(run: RunFolder, request: SampleRequest, name: str, console: Console,
 
     if sources is None:
         judge = classifier() if request.keep_best > 1 else None
-        begun = begun_of(run, request, name, sources, keep, own_labels)
+        begun = begun_of(run, request, name, sources, keep, own_labels) if processes.main else None
         drawn = draw_samples(codec, priors, store, request, console, classifier=judge, begun=begun)
-        if drawn is None:
+        if drawn is None or begun is None:
             return {}
         written = write_samples(run, name, drawn, request, store, provenance(run, request))
         begun.remove()
@@ -121,7 +123,7 @@ def _sample(run: RunFolder, request: SampleRequest, name: str, console: Console,
             known=known,
             known_labels=own_labels,
             classifier=judge,
-            begun=begun_of(run, request, name, sources, keep, own_labels),
+            begun=begun_of(run, request, name, sources, keep, own_labels) if processes.main else None,
         )
     if drawn is None:
         return {}

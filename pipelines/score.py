@@ -147,6 +147,10 @@ def _score(run: RunFolder, request: ScoreRequest, name: str, console: Console) -
     ]
     if len(sets) > 1:
         refuse_same(*sets)
+    if join().count > 1:
+        used = {"priors": described(run, chosen), "baseline": described(run, baseline_chosen)}
+        read = [[images.source, list(images.indices)] for images in sets]
+        join().require_alike({"codec": store.info.codec_fingerprint, **used, "images": read})
     if other := earlier_sources(run.scores(name), sets):
         console.warn(f"{run.scores(name)} holds scores of {other}; they are replaced. --out names another folder.")
     scored = [found for images in sets if (found := score_set(scorer, images, console)) is not None]

@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from pipelines.codec_task import CodecTask, DiscriminatedCodecTask
 from pipelines.encode import encode_splits
 from pipelines.info import next_command
+from pipelines.processes import Processes, join
 from pipelines.settings import require_codec_settings, run_settings, save_settings
-from vqgen.agreement import together
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.config import Config
-from vqgen.console import Console, first_process
+from vqgen.console import Console
 from vqgen.data import ImageData, ImageSplit, load_data
 from vqgen.errors import InputError, MismatchError
 from vqgen.files import clear_remains, write_json
@@ -59,22 +58,26 @@ def train_codes(
 def _train_codes(
     stack: ExitStack, run: RunFolder, config: Config, console: Console, resume: bool, overwrite: bool, hint: str
 ) -> dict[str, Any]:
-    done = None if overwrite else run.stage("codec")
-    begun = not overwrite and CheckpointStore(run.codec / "checkpoints", 1).latest() is not None
+    processes = join()
+    with processes.together():
+        begun = CheckpointStore(run.codec / "checkpoints", 1).latest() is not None
+        found = processes.decided([run.stage("codec"), begun, run.stage("codes") is not None])
+    done, begun, encoded = (None, False, False) if overwrite else found
     if (done or begun) and not resume:
         raise InputError(
             f"{run.path} already holds a {'trained' if done else 'half-trained'} codec.",
             f"Go on with `{run.command(next_command(run))}`, name another run with --run, or redo everything with "
             "--overwrite.",
         )
-    finished = bool(done and run.stage("codes"))
+    finished = bool(done and encoded)
     if done or begun:
         stored = run_settings(run)
         require_codec_settings(run, stored, config)
         if finished and config.data.source == stored.data.source:
             console.say(f"{run.path}: the codec is trained and the data encoded; nothing to do.")
-            return _saved(run, config, stored, done)
-    data = load_data(config.data, config.seed, notify=console.say)
+            return _saved(run, config, stored, done, processes)
+    with processes.together():
+        data = load_data(config.data, config.seed, notify=console.say)
     if (done or begun) and run.read()["data"].get("fingerprint") != data.fingerprint:
         raise MismatchError(
             f"The images of '{config.data.source}' are not those that the codec in {run.path} was trained on.",
@@ -82,19 +85,19 @@ def _train_codes(
         )
     if finished:
         console.say(f"{run.path}: the same images as before, now at {config.data.source}; nothing else to do.")
-        return _saved(run, config, None, done)
+        return _saved(run, config, None, done, processes)
     accelerator = make_accelerator(config.codec.training, len(config.codec.players))
     if done:
-        _claim(run, accelerator, stack)
+        _claim(run, processes, stack)
         codec = HierarchicalVQVAE.from_pretrained(run.codec).to(accelerator.device)
     else:
         with preserved_random_state():
             seed_random_state(config.seed, 0)
             codec = HierarchicalVQVAE(config.codec.architecture, data.image)
             task = make_task(codec, config, data)
-        _claim(run, accelerator, stack)
-        with together(accelerator):
-            if accelerator.is_main_process:
+        _claim(run, processes, stack)
+        with processes.together():
+            if processes.main:
                 if overwrite:  # only now that nothing more can be refused
                     remove_all(run, console)
                 save_settings(run, config)
@@ -118,7 +121,8 @@ def _train_codes(
                 description="codec",
             )
         codec.to(accelerator.device).eval()
-        figures = calibrate(codec, validation, config.codec.training.batch_size, console)
+        with processes.together():
+            figures = calibrate(codec, validation, config.codec.training.batch_size, console)
         done = {
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
@@ -126,34 +130,37 @@ def _train_codes(
             "parameters": sum(p.numel() for p in codec.parameters()),
             "validation": {**result.best, **figures},
         }
-        with together(accelerator):
-            if accelerator.is_main_process:
+        with processes.together():
+            if processes.main:
                 codec.save_pretrained(run.codec)
                 write_json(run.codec / "metrics.json", done["validation"])
                 done["fingerprint"] = fingerprint(run.codec)
                 run.record_stage("codec", done)
     usage = encode_splits(run.codes, codec, fingerprint(run.codec), data, console, config.codec.training.batch_size)
-    with together(accelerator):
-        if accelerator.is_main_process:
+    with processes.together():
+        if processes.main:
             run.record_stage("codes", usage)
             for spec in codec.levels:
                 console.say(usage[spec.name]["verdict"])
     return done
 
 
-def _claim(run: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
+def _claim(run: RunFolder, processes: Processes, stack: ExitStack) -> None:
     """Make the run where there is none, and keep other commands from its codec until ``stack`` closes."""
-    with together(accelerator):
-        if accelerator.is_main_process:
+    with processes.together():
+        if processes.main:
             run.create()
             stack.enter_context(run.working("codec"))
             clear_remains(run.path)
 
 
-def _saved(run: RunFolder, config: Config, stored: Config | None, record: dict[str, Any] | None) -> dict[str, Any]:
+def _saved(
+    run: RunFolder, config: Config, stored: Config | None, record: dict[str, Any] | None, processes: Processes
+) -> dict[str, Any]:
     """``record``, after the run's settings were brought up to ``config`` (priors may have changed, or a place)."""
-    if config != stored and first_process():
-        save_settings(run, config)
+    with processes.together():
+        if config != stored and processes.main:
+            save_settings(run, config)
     return record or {}
 
 

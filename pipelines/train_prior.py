@@ -11,22 +11,23 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from pipelines.run_codes import check_levels, code_batches, open_codes, prior_spec, split_batch
+from pipelines.processes import Processes, join
+from pipelines.run_codes import as_far_as_read, check_levels, code_batches, open_codes, prior_spec, split_batch
 from priors import registry
 from priors.base import Prior
 from priors.registry import PriorSettings
 from priors.sampling import Noise
-from vqgen.agreement import together
 from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.code_store import CodeSplit, CodeStore
 from vqgen.codec import HierarchicalVQVAE
+from vqgen.collectives import place
 from vqgen.compiling import Part
 from vqgen.config import Config
-from vqgen.console import Console, first_process
+from vqgen.console import Console
 from vqgen.errors import ConfigError, InputError
 from vqgen.files import clear_remains, write_json
 from vqgen.hub import fingerprint
@@ -70,10 +71,15 @@ class PriorTask(Task):
         """Mean nats and bits per code; of a prior without a likelihood, the mean loss of its first player."""
         has_likelihood = self.model.likelihood != "none"
         totals = torch.zeros(2, dtype=torch.float64)
-        for number, batch in enumerate(batches):
+        seen = 0
+        rank, processes = place()
+        for batch in batches:
             codes, context, label = split_batch(batch, self.level)
             if has_likelihood:
-                noise = Noise(self._seed, tuple(range(number << 20, (number << 20) + len(codes))), self.level)
+                # Of an image's own place among those evaluated, whatever the batches and the processes.
+                places = tuple(rank + processes * row for row in range(seen, seen + len(codes)))
+                noise = Noise(self._seed, places, self.level)
+                seen += len(codes)
                 density = self.model.log_prob(codes, context, label, noise=noise, samples=VALIDATION_SAMPLES)
                 nats = -density.nats.double().sum().item()
             else:
@@ -147,9 +153,14 @@ def train_priors(
         for level, (name, config, _) in chosen.items()
     }
     records: dict[str, dict[str, Any]] = {}
+    processes = join()
+    with processes.together():
+        stages = {level: run.prior_stage(job.name, level) for level, job in chosen.items()}
+        half = {level: CheckpointStore(run.path / stage / "checkpoints", 1).latest() for level, stage in stages.items()}
+        own = {level: [run.stage(stage), half[level] is not None] for level, stage in stages.items()}
+        found = processes.decided(own)
     for level, (name, config, _) in chosen.items():
-        record = run.stage(run.prior_stage(name, level))
-        begun = CheckpointStore(run.prior(name, level) / "checkpoints", 1).latest()
+        record, begun = found[level]
         if overwrite or not (record or begun):
             continue
         if not resume:
@@ -166,8 +177,8 @@ def train_priors(
     for level, job in chosen.items():
         make_accelerator(settings[level].training, players=len(registry.get(job.name).players))
     with ExitStack() as stack:
-        with together(PartialState()):
-            if first_process():
+        with processes.together():
+            if processes.main:
                 trained = [(job.name, level) for level, job in chosen.items() if level not in records]
                 for split in ("train", "validation") if trained else ():
                     store.split(split).verify()
@@ -184,11 +195,12 @@ def train_priors(
 
 def _claim(run: RunFolder, trained: Sequence[tuple[str, str]], stack: ExitStack) -> None:
     """Keep other commands from these priors (name, level) until ``stack`` closes, and from changing the codec."""
-    if trained:
-        stack.enter_context(run.working("codec", shared=True))
+    if not trained:
+        return
+    stack.enter_context(run.working("codec", shared=True))
     for name, level in trained:
         stack.enter_context(run.working(run.prior_stage(name, level)))
-        clear_remains(run.prior(name, level))
+    clear_remains(run.path)
 
 
 def identity_of(name: str, settings: PriorSettings, seed: int) -> dict[str, Any]:
@@ -253,8 +265,9 @@ def train_level(
     parameters = sum(p.numel() for p in prior.parameters())
     console.say(f"{name}, {target.name}: {parameters:,} parameters; {len(train):,} code maps")
     record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "parameters": parameters, "validation": {}}
-    with together(accelerator):
-        if accelerator.is_main_process and not CheckpointStore(folder / "checkpoints", 1).latest():
+    processes = Processes.of(accelerator)
+    with processes.together():
+        if processes.main and not CheckpointStore(folder / "checkpoints", 1).latest():
             training = settings.training.model_dump(mode="json", exclude_none=True)
             begun = {**identity, "config": settings.config.model_dump(mode="json"), "training": training}
             write_json(folder / "settings.json", begun)
@@ -276,10 +289,10 @@ def train_level(
             )
         record |= {"steps": result.steps, "seconds": round(result.seconds, 2), "validation": result.best}
         record["peak_memory"] = memory.peak
-    prior.eval()
-    prior.calibrate(code_batches(validation, level, device=prior.device))
-    with together(accelerator):
-        if accelerator.is_main_process:
+    with processes.together():
+        prior.eval()
+        prior.calibrate(code_batches(validation, level, device=prior.device))
+        if processes.main:
             prior.save_pretrained(folder)
             write_json(folder / "metrics.json", record["validation"])
             record |= {"fingerprint": fingerprint(folder), "settings": identity}
@@ -308,7 +321,9 @@ def make_prior(
     prior.to(accelerator.device)
     train = store.split("train")
     share = range(accelerator.process_index, len(train), accelerator.num_processes)
-    prior.prepare(code_batches(train, level, share, prior.device))
+    batches = code_batches(train, level, share, prior.device)
+    with Processes.of(accelerator).together(), as_far_as_read(batches) as read:
+        prior.prepare(read)
     return prior
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqgen.codes import ImageSpec
+from vqgen.collectives import place, sum_over_processes
 from vqgen.config import DiscriminatorSettings
 from vqgen.errors import ConfigError
 
@@ -76,11 +77,11 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
     """() |grad of ``reconstruction``| / |grad of ``adversarial``| at the weight ``last``, at most 1e4.
 
     With it the two losses pull equally at the decoder's last layer (Esser et al. 2021, eq. 7). Both graphs are kept;
-    the result has no gradient. The losses are multiplied by `SCALE` on their way back.
+    the result has no gradient. The losses are multiplied by `SCALE` on their way back. Of several processes it is the
+    weight of their joint batch, the same on all: each calls this alike.
     """
-    norms = []
-    for loss in (reconstruction, adversarial):
-        (gradient,) = torch.autograd.grad(SCALE * loss, last, retain_graph=True)
-        norms.append(gradient.norm() / SCALE)
+    losses = (reconstruction, adversarial)
+    gradients = torch.stack([torch.autograd.grad(SCALE * loss, last, retain_graph=True)[0] for loss in losses])
+    norms = sum_over_processes(gradients).flatten(1).norm(dim=1) / (SCALE * place()[1])
     weight: Tensor = norms[0] / (norms[1] + 1e-6)
     return weight.clamp(max=MOST_WEIGHT).detach()

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vqgen.collectives import apart
 from vqgen.faults import is_of_memory
 from vqgen.sampler import Batch
 
@@ -51,14 +52,14 @@ def fitting_parts(
     loss: Loss,
     batch: Batch,
     accelerator: Accelerator,
-    apart: Callable[[], AbstractContextManager[Any]],
+    no_sync: Callable[[], AbstractContextManager[Any]],
     least: int = 1,
 ) -> int | None:
     """Into how many parts a batch must go so that a step fits into memory: ``least``, or that doubled until it does.
 
     Each number is tried with passes forward and backward of the real batch, the memory of an optimiser's state set
     aside, on every process; all of them take the same number. The task is afterwards as it was, without gradients;
-    the random generators are moved. ``apart`` is the context in which gradients stay on their process.
+    the random generators are moved. ``no_sync`` is the context in which gradients stay on their process.
 
     Returns:
         The number of parts, or None where not even single images fit.
@@ -67,10 +68,9 @@ def fitting_parts(
     length = batch_length(batch)
     parts = min(least, length)
     try:
-        with apart():
-            with torch.no_grad():
-                # A codebook that waits for its first data is made by all processes together: no try may do it alone.
-                _fits(lambda: loss(parts_of(batch, length)[0]))
+        # Memory may run out on one process before it comes to where they meet, such as the making of a codebook from
+        # its first data: so none waits for another within a try.
+        with apart(), no_sync():
             while True:
                 tried = parts_of(batch, parts)[-2:]
                 fits = _fits(lambda tried=tried: _pass(task, loss, tried, accelerator.num_processes))  # type: ignore[misc]

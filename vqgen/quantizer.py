@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqgen.collectives import join_processes, place, sum_over_processes
 from vqgen.errors import InputError
 
 EPSILON = 1e-5
@@ -178,7 +178,7 @@ class VectorQuantizer(nn.Module):
         Returns:
             ``revived``: () how many codes were moved.
         """
-        reduce, gather = reduce or _sum_over_processes, gather or _join_processes
+        reduce, gather = reduce or sum_over_processes, gather or join_processes
         pending, self._pending = self._pending or self._nothing(self.codebook.device, self.codebook.dtype), None
         received = reduce(pending.counts).to(self.counts.dtype)
         if pending.first:
@@ -231,8 +231,8 @@ class VectorQuantizer(nn.Module):
         if self._from_data:
             return
         capacity = max(KMEANS_POINTS, 2 * self.codebook_size)
-        sample = _Sample.of(flat, 0).trimmed(capacity).joined(capacity, _join_processes)
-        total = _sum_over_processes(flat.new_tensor(len(flat)))
+        sample = _Sample.of(flat, 0).trimmed(capacity).joined(capacity, join_processes)
+        total = sum_over_processes(flat.new_tensor(len(flat)))
         if total == 0:
             return
         points = sample.vectors[sample.present]
@@ -335,7 +335,7 @@ class _Sample(NamedTuple):
 
         ``seen`` vectors came before on each process, and within a micro-batch lower ranks come first.
         """
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+        rank, ranks = place()
         first = seen * ranks + rank * len(flat)
         places = torch.arange(first + 1, first + len(flat) + 1, device=flat.device)
         return cls((places * _STRIDE) & (_ABSENT - 1), flat)
@@ -380,21 +380,3 @@ def _mean_square(a: Tensor, b: Tensor) -> Tensor:
 def _generator(*seed: int) -> np.random.Generator:
     """Random numbers as a function of ``seed``; torch's own CPU generator keeps only 32 bits of one."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if _distributed():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _join_processes(tensor: Tensor) -> Tensor:
-    if not _distributed():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

@@ -219,8 +219,8 @@ class Trainer:
             return self.task(part, name, progress, state.step)["loss"]  # type: ignore[no-any-return]
 
         with preserved_random_state():
-            apart = partial(self.accelerator.no_sync, self._wrapped)
-            found = fitting_parts(self.task, loss, self._to_device(batch), self.accelerator, apart, state.parts)
+            no_sync = partial(self.accelerator.no_sync, self._wrapped)
+            found = fitting_parts(self.task, loss, self._to_device(batch), self.accelerator, no_sync, state.parts)
         state.parts = found or state.parts
         self.go_in_parts(state.parts)
         return found is not None

@@ -1,11 +1,11 @@
 """The one training loop, for the codec and for every prior.
 
 What is trained is a `Task`; how, a `TrainingSettings`. Schedules are pure functions of progress in [0, 1],
-which is the share of the steps or, with a budget in minutes, of the time spent in training steps: evaluations,
-previews, checkpoints and pauses do not count, so that models are comparable at equal training time.
+which is the share of the steps or, with a budget in minutes, of the time spent in training steps: compiling,
+evaluations, previews, checkpoints and pauses do not count, so that models are comparable at equal training time.
 
 With ``steps`` or ``epochs``, a training that was stopped anywhere and resumed is bit for bit the one that was
-not, on one process on the CPU. The loop knows nothing of images, codes or models.
+not, on the CPU and on as many processes as before. The loop knows nothing of images, codes or models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
-from vqgen.agreement import together
-from vqgen.checkpoint import CheckpointStore, preserved_random_state, seed_random_state
+from vqgen.agreement import LONGEST_WAIT, Processes
+from vqgen.checkpoint import Checkpoint, CheckpointStore, preserved_random_state, seed_random_state
 from vqgen.compiling import compiled
 from vqgen.config import TrainingSettings
 from vqgen.console import Console, duration
@@ -43,9 +42,6 @@ from vqgen.trainer import Trainer
 from vqgen.training_log import MetricLog, means, require_tracker, start_tracker
 from vqgen.training_state import LossReader, State, plain, refuse_differences
 
-LONGEST_WAIT = timedelta(hours=2)
-"""How long one process waits for the others, such as while the first one trains a classifier."""
-
 __all__ = ["Batch", "FitResult", "Task", "fit", "learning_rate_at", "make_accelerator"]
 
 
@@ -56,7 +52,7 @@ class FitResult:
     steps: int
     epochs: float
     seconds: float
-    """Seconds of training steps, without evaluations, checkpoints and pauses."""
+    """Seconds of training steps, without compiling, evaluations, checkpoints and pauses."""
     best: dict[str, Any]
     """Validation scalars of the weights kept, and the ``step`` they are from."""
     finished: bool
@@ -127,7 +123,8 @@ def fit(
         DivergedError: a loss or a weight is no longer a finite number.
         Interrupted: SIGINT or SIGTERM; the state is saved.
     """
-    main = accelerator.is_main_process
+    processes = Processes.of(accelerator)
+    main = processes.main
     console = console if main else Console(silent=True)
     store = CheckpointStore(folder / "checkpoints", settings.keep)
     with ExitStack() as stack:
@@ -135,44 +132,47 @@ def fit(
         stack.enter_context(warnings.catch_warnings())
         # Of several processes: gradients of 1x1 convolutions have the strides of another layout, which costs nothing.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        with together(accelerator):
+        with processes.together():
             if main:
                 stack.enter_context(locked(store.folder / ".lock", what=str(folder)))
                 store.sweep()
-        if store.latest() and not resume:
+        if processes.decided(store.latest() is not None) and not resume:
             raise InputError(f"{folder} holds a training.", "Go on with --resume, or start over with --overwrite.")
         seed_random_state(seed, accelerator.process_index)
-        trainer = stack.enter_context(Trainer(task, settings, accelerator, train, validation, seed))
-        if settings.compile:
-            parts = task.compilable()
-            if not parts:
-                console.warn(f"{description}: there is nothing in it that is compiled; training goes on without.")
-            stack.enter_context(compiled(parts, console.warn))
+        trainer = Trainer(task, settings, accelerator, train, validation, seed)
         known = plain({**identity, **trainer.identity})
+        processes.require_alike(known)
+        stack.enter_context(trainer)
+        parts = task.compilable() if settings.compile else ()
+        if settings.compile and not parts:
+            console.warn(f"{description}: there is nothing in it that is compiled; training goes on without.")
+        if parts:
+            console.say(f"{description}: the first step compiles, which takes seconds to minutes.")
+        compilation = stack.enter_context(compiled(parts, console.warn))
         state = State()
 
-        with together(accelerator):
-            checkpoint = store.load(console.warn)
+        checkpoint = _newest(store, processes, console)
         if checkpoint is not None:
             refuse_differences(checkpoint.identity, known, folder)
-            with together(accelerator):
+            with processes.together():
                 state = trainer.restore(checkpoint)
             if state.finished:
-                if main:
-                    store.discard_after(checkpoint)
+                with processes.together():
+                    if main:
+                        store.discard_after(checkpoint)
                 return _finish(trainer, state)
             console.say(f"{description}: resuming at step {state.step:,}.")
         elif resume:
             console.say(f"{description}: no checkpoint in {store.folder}, starting at step 0.")
-        console.say(_batch_line(description, trainer, accelerator.num_processes))
-        accelerator.wait_for_everyone()
+        console.say(_batch_line(description, trainer, processes.count))
         log = None
-        if main:
-            if checkpoint is not None:
-                store.discard_after(checkpoint)
-            log = MetricLog(folder / "metrics.jsonl", start_tracker(settings.tracker, folder))
-            stack.callback(log.close)
-            log.cut(state.step)
+        with processes.together():
+            if main:
+                if checkpoint is not None:
+                    store.discard_after(checkpoint)
+                log = MetricLog(folder / "metrics.jsonl", start_tracker(settings.tracker, folder))
+                stack.callback(log.close)
+                log.cut(state.step)
 
         first = state.step
         loaded = trainer.training_batches(first)
@@ -236,12 +236,25 @@ def fit(
             if done:
                 return _finish(trainer, state)
 
-            started = time.perf_counter()
+            started = time.perf_counter() - compilation.seconds
             losses.add(trainer.step(batches, progress, state.step))
             losses.read(state)
             state.step += 1
-            state.seconds += time.perf_counter() - started
+            state.seconds += time.perf_counter() - compilation.seconds - started
             bar.advance(trainer.images_per_step, share=trainer.progress(state), note=losses.note)
+
+
+def _newest(store: CheckpointStore, processes: Processes, console: Console) -> Checkpoint | None:
+    """The newest checkpoint that is whole as the first process sees it, read by every process; None without any."""
+    checkpoint = None
+    with processes.together():
+        if processes.main:
+            checkpoint = store.load(console.warn)
+    name = processes.decided(checkpoint and checkpoint.path.name)
+    with processes.together():
+        if name and not processes.main:
+            checkpoint = store.open(name)
+    return checkpoint
 
 
 def _fit_into_memory(trainer: Trainer, state: State, batches: Iterator[Batch], console: Console) -> Iterator[Batch]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines import cli, encode
+from pipelines import cli, encode, run_priors
+from pipelines.begun import Begun
 from pipelines.processes import Processes, alone, join
 from vqgen.code_store import CodeStore
+from vqgen.collectives import sum_over_processes
 from vqgen.errors import DivergedError, InputError, Interrupted, VqgenError
+from vqgen.interrupts import terminable
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking, from Python 3.12 on
 
@@ -169,6 +173,76 @@ def test_an_error_on_one_process_ends_all_with_the_same_error() -> None:
     on_two(_failures)
 
 
+def _interrupted_between(number: signal.Signals) -> None:
+    shared = join()
+    gather = torch.distributed.all_gather
+
+    def interrupting(parts: list[Tensor], own: Tensor) -> None:
+        gather(parts, own)
+        if shared.main and len(own) == 2:  # the heads; what is said comes after
+            os.kill(os.getpid(), number)
+
+    def work() -> None:
+        with shared.together(), terminable():
+            _consume(shared)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather", interrupting)
+        if shared.main:
+            with pytest.raises(KeyboardInterrupt):
+                work()
+        else:
+            assert isinstance(caught(work), Interrupted)
+    assert len(shared.exchange({"x": torch.zeros(shared.rank)})) == TWO
+
+
+def _interrupted() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        _interrupted_between(number)
+
+
+def test_an_interrupt_in_the_middle_of_an_exchange_leaves_all_in_step() -> None:
+    on_two(_interrupted)
+
+
+def _deciding() -> None:
+    shared = join()
+    with shared.together():
+        assert shared.decided({"own": shared.rank}) == {"own": 0}
+    shared.require_alike({"codec": "a", "images": (1, 2)})
+    error = caught(lambda: shared.require_alike({"codec": "a", "images": shared.rank, str(shared.rank): 1}))
+    assert error.message == "Process 1 of 2 reads other files than the first one: 0, 1, images."
+    assert error.said_elsewhere is shared.main
+
+
+def test_the_first_process_decides_and_others_that_see_other_files_stop() -> None:
+    on_two(_deciding)
+    alone_ = join()
+    assert alone_.decided((1, 2)) == (1, 2)
+    alone_.require_alike({"x": 1})
+
+
+def _unreadable_codes(run: Path) -> None:
+    real = run_priors.code_batches
+
+    def damaged(*arguments: Any) -> Iterator[Any]:
+        batches = real(*arguments)
+        yield next(batches)
+        if not join().main:
+            raise InputError("A shard is damaged.")
+        yield from batches
+
+    store = CodeStore.load(run / "codes")
+    run_priors.code_batches = damaged
+    assert caught(lambda: run_priors.fit_baseline("unigram", store, 0)).message == "A shard is damaged."
+    run_priors.code_batches = real
+    assert int(run_priors.fit_baseline("unigram", store, 0).counts.sum()) > 0
+
+
+def test_codes_that_one_process_cannot_read_leave_none_waiting_for_its_counts(finished_run: Path) -> None:
+    on_two(_unreadable_codes, finished_run)
+
+
 def _gone() -> None:
     shared = join()
     shared.exchange({})
@@ -197,6 +271,7 @@ def _by_itself() -> None:
             assert "RANK" not in os.environ
             with inside.together():
                 pass
+            assert sum_over_processes(torch.ones(())) == 1
         assert join().count == TWO
         assert os.environ["WORLD_SIZE"] == str(TWO)
 
@@ -211,6 +286,13 @@ def test_alone_is_one_process_for_a_while() -> None:
 
 
 def _stages(commands: Sequence[Sequence[str]]) -> None:
+    real = Begun.__init__
+
+    def by_the_first(self: Begun, *arguments: Any) -> None:
+        assert join().main, "what was begun is read and removed by the first process alone"
+        real(self, *arguments)
+
+    Begun.__init__ = by_the_first  # type: ignore[method-assign]  # this process ends with the stages
     for command in commands:
         assert cli.call(list(command)) == 0, command
     assert PartialState().num_processes == TWO
@@ -334,6 +416,33 @@ def test_an_error_of_the_one_that_writes_ends_both_and_leaves_nothing(finished_r
     assert list(tmp_path.iterdir()) == []
 
 
+def _too_many_unreadable(command: list[str]) -> None:
+    assert cli.call(command) == 2
+
+
+def test_unreadable_images_are_counted_over_all_processes(
+    finished_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One in a hundred may be: each of two processes meets one."""
+    generator = np.random.default_rng(1)
+    for split, count in (("train", 100), ("validation", 2), ("test", 2)):
+        folder = tmp_path / "images" / split / "a"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            picture = Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            picture.save(folder / f"{number:03d}.png")
+    for number in (0, 7):  # of the first and of the second batch
+        (tmp_path / f"images/train/a/{number:03d}.png").write_bytes(b"not a picture")
+    command = ["encode", "--run", str(finished_run), "--data", str(tmp_path / "images"), "--batch-size", "7"]
+    command += ["--out", str(tmp_path / "codes")]
+    assert cli.call(command) == 2
+    line = "2 of the 100 images of 'train' are unreadable"
+    assert line in capfd.readouterr().err
+    on_two(_too_many_unreadable, command)
+    assert line in capfd.readouterr().err
+    assert not (tmp_path / "codes").exists()
+
+
 def test_what_stays_with_one_process_says_so(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +486,7 @@ def test_under_torchrun(run_copy: Path) -> None:
     for wrong, text in ((["--prior", "nonsense"], "nonsense"), (["--out", ".hidden"], "'.hidden' cannot be")):
         refused = torchrun("sample", *place, *wrong)
         assert refused.returncode != 0
+        assert refused.stderr.count("exitcode  : 2 ") == TWO
         assert len([line for line in refused.stderr.splitlines() if line.startswith("Error:") and text in line]) == 1
     alone_ = torchrun("reconstruct", *place, "-n", "2")
     assert alone_.returncode == 0, alone_.stderr

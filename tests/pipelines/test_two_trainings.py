@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines import cli
-from pipelines.codec_task import CodecTask
+from pipelines.codec_task import CodecTask, DiscriminatedCodecTask
 from pipelines.settings import new_run_settings
 from pipelines.train_prior import PriorTask
 from priors.base import PriorSpec
 from priors.pixelcnn import PixelCNN
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.codes import ImageSpec, LevelSpec
-from vqgen.config import CodecConfig, TrainingSettings
+from vqgen.config import CodecConfig, DiscriminatorSettings, TrainingSettings
 from vqgen.console import Console
 from vqgen.files import read_json
 from vqgen.training import Task, fit, make_accelerator
@@ -70,32 +69,28 @@ class CodeMaps(torch.utils.data.Dataset[Any]):
         return {"codes": tuple(level[indices] for level in self.codes), "label": self.labels[indices]}
 
 
-class ExactCodecTask(CodecTask):
-    """Images in float64."""
-
-    def forward(self, batch: Mapping[str, Any], player: str, progress: float, step: int) -> dict[str, Tensor]:
-        result = self.model(batch["images"].double() / 127.5 - 1)
-        return {"loss": result.loss, **result.metrics}
-
-    def evaluate(self, batches: Any, reduce: Any) -> dict[str, float]:
-        total = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            count = len(batch["images"])
-            total += torch.tensor([count, count * float(self(batch, "model", 1.0, 0)["loss"])], dtype=torch.float64)
-        count, loss = reduce(total).tolist()
-        return {"loss": loss / count}
-
-    def preview(self) -> None:
-        return None
+def exact(images: Tensor) -> Tensor:
+    """`to_float` in float64."""
+    return images.double() / 127.5 - 1
 
 
-def codec_task(codebook: str) -> Task:
+def codec(codebook: str = "ema") -> HierarchicalVQVAE:
     torch.manual_seed(7)
     config = CodecConfig(
         strides=(8, 4), codebook_size=16, code_dim=4, width=8, residual_blocks=1, residual_width=4, level_dropout=0
     )
     config = CodecConfig.model_validate({**config.model_dump(), "codebook": codebook})
-    return ExactCodecTask(HierarchicalVQVAE(config, SPEC).double(), Pictures().images[:4])
+    return HierarchicalVQVAE(config, SPEC)
+
+
+def codec_task(codebook: str) -> Task:
+    return CodecTask(codec(codebook).double(), Pictures().images[:4])
+
+
+def discriminated_task() -> Task:
+    """The adversary switches on in the middle; its weight is that of the joint batch."""
+    settings = DiscriminatorSettings(width=8, layers=2, start=0.3)
+    return DiscriminatedCodecTask(codec(), Pictures().images[:4], settings).double()
 
 
 def prior_task() -> Task:
@@ -105,7 +100,7 @@ def prior_task() -> Task:
 
 
 TASKS = {"ema codebook": lambda: codec_task("ema"), "gradient codebook": lambda: codec_task("gradient")}
-TASKS["prior"] = prior_task
+TASKS |= {"prior": prior_task, "discriminator": discriminated_task}
 
 
 def train(name: str, folder: Path, processes: int, accumulate: int) -> None:
@@ -121,22 +116,28 @@ def train(name: str, folder: Path, processes: int, accumulate: int) -> None:
         checkpoint_every=STEPS,
         clip=1.0,
     )
-    accelerator = make_accelerator(settings, cpu=True)
+    accelerator = make_accelerator(settings, len(task.players), cpu=True)
     assert accelerator.num_processes == processes
-    fit(
-        *(task, data, data, settings, folder),
-        seed=5,
-        identity={},
-        accelerator=accelerator,
-        console=Console(silent=True),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.codec_task.to_float", exact)
+        fit(
+            *(task, data, data, settings, folder),
+            seed=5,
+            identity={},
+            accelerator=accelerator,
+            console=Console(silent=True),
+        )
     state = {key: value.clone() for key, value in task.state_dict().items()}
     assert all(value.dtype in (torch.float64, torch.int64, torch.bool) for value in state.values())
     save_file(state, folder.with_suffix(f".{accelerator.process_index}"))
 
 
+def tasks(accumulate: int) -> list[str]:
+    return [name for name in TASKS if accumulate == 1 or name != "discriminator"]  # which cannot be accumulated
+
+
 def _train_all(folder: Path, accumulate: int) -> None:
-    for name in TASKS:
+    for name in tasks(accumulate):
         AcceleratorState._reset_state(reset_partial_state=True)
         train(name, folder / name, 2, accumulate)
 
@@ -146,11 +147,11 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, accumulate: 
     """Of each micro-batch, where there are several: a codebook begins with the first."""
     (tmp_path / "two").mkdir()
     debug_launcher(_train_all, (tmp_path / "two", accumulate), num_processes=2)
-    for name, make in TASKS.items():
+    for name in tasks(accumulate):
         AcceleratorState._reset_state(reset_partial_state=True)
         (tmp_path / "one").mkdir(exist_ok=True)
         train(name, tmp_path / "one" / name, 1, accumulate)
-        begun = copy.deepcopy(make().state_dict())
+        begun = copy.deepcopy(TASKS[name]().state_dict())
         one = load_file(tmp_path / "one" / f"{name}.0")
         first, second = (load_file(tmp_path / "two" / f"{name}.{rank}") for rank in range(2))
         moved = 0.0
@@ -162,7 +163,9 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, accumulate: 
         once, both = (read_metrics(tmp_path / part / name / "metrics.jsonl") for part in ("one", "two"))
         for line, other in zip(once, both, strict=True):
             assert (line["step"], line["epoch"], line["split"]) == (other["step"], other["epoch"], other["split"])
-            assert line["loss"] == pytest.approx(other["loss"], abs=1e-6)
+            losses = [key for key in line if key.rpartition("/")[2] == "loss"]
+            assert losses
+            assert [line[key] for key in losses] == pytest.approx([other[key] for key in losses], abs=1e-6)
 
 
 def _run(arguments: list[list[str]]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from accelerate.utils import gather_object
+from einops import rearrange
 from torch import Tensor, nn
 
 from vqgen import checkpoint
-from vqgen.agreement import together
+from vqgen.agreement import Processes
 from vqgen.config import TrainingSettings
 from vqgen.console import Console
 from vqgen.errors import InputError, VqgenError
 from vqgen.locks import locked
+from vqgen.quantizer import VectorQuantizer
 from vqgen.training import Task, fit, make_accelerator
 
 ROOT = Path(__file__).parents[2]
@@ -81,8 +87,6 @@ def outcome(work: Callable[[], None]) -> list[str]:
         said = "done"
     except VqgenError as error:
         said = f"{type(error).__name__}: {error}{' (elsewhere)' if error.said_elsewhere else ''}"
-    from accelerate.utils import gather_object
-
     return gather_object([said])  # type: ignore[no-any-return]
 
 
@@ -95,7 +99,7 @@ def _one_fails(path: Path) -> None:
     accelerator = Accelerator(cpu=True)
 
     def work(failing: int) -> None:
-        with together(accelerator):
+        with Processes.of(accelerator).together():
             if accelerator.process_index == failing:
                 raise InputError("Bad.", "Mend it.")
 
@@ -135,6 +139,70 @@ def test_a_full_disk_ends_both_processes_and_resumed_they_end_in_the_same_bits(t
         assert one.read_bytes() == other.read_bytes(), name
 
 
+def _views(folder: Path) -> None:
+    """The second process sees a run folder as it was a while ago."""
+    main = Accelerator(cpu=True).is_main_process
+    own = folder / ("new" if main else "old")
+    train(Regression(), folder / "new")
+    if main:
+        train_on = folder / "new/checkpoints"
+        (train_on / "latest").write_text("step-00000006\n")
+        shutil.copytree(folder / "new", folder / "old")
+        (folder / "old/checkpoints/latest").write_text("step-00000008\n")
+    gather_object([0])
+    train(Regression(), own, resume=True)
+    again = state_of(folder / "new")["step"]
+    if not main:
+        shutil.rmtree(folder / "old/checkpoints")
+    said = outcome(lambda: train(Regression(), own, resume=True))
+    said += outcome(lambda: train(Regression(), own, resume=True, learning_rate=1e-3 if main else 2e-3))
+    _write(folder / "said", [str(again), *said])
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "checkpoints/step-00000008/state.json").read_text())
+    return found["state"]  # type: ignore[no-any-return]
+
+
+def test_the_first_process_says_where_a_training_goes_on(tmp_path: Path) -> None:
+    debug_launcher(_views, (tmp_path,), num_processes=2)
+    step, first, second, third, fourth = json.loads((tmp_path / "said").read_text())
+    assert step == "8"
+    missing = f"InputError: {tmp_path}/old/checkpoints/step-00000008/state.json is missing or damaged."
+    assert (first, second) == (f"{missing} (elsewhere)", missing)
+    differing = "InputError: Process 1 of 2 reads other files than the first one: training."
+    assert third.startswith(differing)
+    assert fourth.startswith(differing)
+
+
+class Asked(Regression):
+    """A training that the system asks to stop after its fourth step, on the second process alone."""
+
+    def after_step(self, player: str, step: int) -> dict[str, Tensor]:
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+
+def _clocks_and_requests(folder: Path) -> None:
+    os.environ["RANK"] = str(Accelerator(cpu=True).process_index)
+    real, pace = time.perf_counter, (1.0, 7.0)[int(os.environ["RANK"])]
+    time.perf_counter = lambda: pace * real()
+    task = Regression()
+    train(task, folder / "minutes", steps=None, minutes=0.003, warmup=0.5, evaluate_every=1000, checkpoint_every=1000)
+    weights = gather_object([[value.tolist() for value in task.state_dict().values()]])
+    said = outcome(lambda: train(Asked(), folder / "asked", checkpoint_every=8))
+    _write(folder / "said", [str(weights[0] == weights[1]), *said])
+
+
+def test_processes_whose_clocks_differ_end_together_and_a_request_to_one_stops_both(tmp_path: Path) -> None:
+    debug_launcher(_clocks_and_requests, (tmp_path,), num_processes=2)
+    same, first, second = json.loads((tmp_path / "said").read_text())
+    assert same == "True"
+    assert first == second
+    assert first.startswith("Interrupted: Training stopped at step 4; its state is saved.")
+
+
 def _held(folder: Path) -> None:
     _write(folder / "said", outcome(lambda: train(Regression(), folder)))
 
@@ -147,9 +215,25 @@ def test_a_lock_held_by_another_command_stops_both(tmp_path: Path) -> None:
     assert second == f"{first} (elsewhere)"
 
 
+class Quantized(Regression):
+    """The same with a codebook, which all processes make together from the first data, after memory may run out."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(room)
+        self.quantizer = VectorQuantizer(4, 3).double()
+
+    def forward(self, batch: dict[str, Tensor], player: str, progress: float, step: int) -> dict[str, Tensor]:
+        loss = super().forward(batch, player, progress, step)["loss"]
+        features = nn.functional.linear(batch["x"], self.model[0].weight[:3])
+        return {"loss": loss + self.quantizer(rearrange(features, "b d -> b d 1 1")).loss}
+
+    def after_step(self, player: str, step: int) -> dict[str, Tensor]:
+        return self.quantizer.update(step)
+
+
 def _uneven_memory(folder: Path) -> None:
     room = 6 if Accelerator(cpu=True).is_main_process else 2
-    train(Regression(room), folder, auto_batch=True)
+    train(Quantized(room), folder, auto_batch=True)
 
 
 def test_processes_take_the_parts_that_fit_into_the_smaller_memory(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from vqgen.codes import ImageSpec
-from vqgen.config import CodecSection, DiscriminatorSettings, check
+from vqgen.config import CodecSection, DiscriminatorSettings
 from vqgen.discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, hinge_loss
 from vqgen.errors import ConfigError
+from vqgen.problems import check
 
 
 def made(channels: int = 3, height: int = 32, width: int = 32, **settings: Any) -> PatchDiscriminator:
