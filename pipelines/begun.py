@@ -1,15 +1,18 @@
 """Work that was stopped goes on: what an encoding or a sampling has made is kept beside the folder that is to be.
 
 ``.<folder>.begun/`` holds ``about.json``, which says what the work is, and files of images in their order, such as
-``train-000000000000-000000008192.safetensors``, written every half minute or every few thousand images. When the
-work is done the folder is removed; one that is about something else, or damaged, is not used. The first process of a
-launcher writes and reads it alone.
+``train-000000000000-000000008192.1f3a5c7e.20fe11d2.safetensors``, written every half minute or every few thousand
+images. When the work is done the folder is removed; what is about something else, or damaged, is not used: each file
+bears a digest of its work, as two commands may be at work on one folder, and a checksum of its tensors. The first
+process of a launcher writes and reads it alone.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqgen.errors import InputError, MismatchError
-from vqgen.files import clear_remains, disk_errors, read_json, replacing, write_json
+from vqgen.files import clear_remains, disk_errors, read_json, replacing, settle, write_json
 from vqgen.hub import read_tensors
 from vqgen.training_state import plain
 
@@ -40,6 +43,7 @@ class Begun:
     def __init__(self, target: Path, about: Mapping[str, Any]) -> None:
         self.folder = target.with_name(f".{target.name}.begun")
         self._about = plain(about)
+        self._mark = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:8]
         self._counts: dict[str, int] = {}
         self._waiting: list[dict[str, Tensor]] = []
         self._series = ""
@@ -51,21 +55,25 @@ class Begun:
     def made(self, series: str, shapes: Shapes) -> Iterator[dict[str, Tensor]]:
         """The tensors of a series (``train``) from its first image on, file by file, as far as they are whole."""
         self._counts[series] = 0
-        for path in sorted(self.folder.glob(f"{series}-*-*.safetensors")) if self._usable else ():
-            first, last = (int(part) if part.isdecimal() else -1 for part in path.stem.split("-")[-2:])
+        for path in sorted(self.folder.glob(f"{series}-*-*.{self._mark}.*.safetensors")) if self._usable else ():
+            places, _, checksum, _ = path.name.split(".")
+            first, last = (int(part) if part.isdecimal() else -1 for part in places.split("-")[-2:])
             if first != self._counts[series] or last <= first:
-                return
+                continue
             try:
                 tensors = read_tensors(path, shapes(last - first))
             except (InputError, MismatchError):
-                return
-            self._counts[series] = last
+                continue
+            if _checksum(tensors) != checksum:
+                continue
             yield {name: value.long() if value.dtype == torch.int32 else value for name, value in tensors.items()}
+            self._counts[series] = last  # unless whoever reads it found it of no use
 
     def note(self) -> dict[str, float]:
         """What was noted with the newest file."""
         found = self._read(NOTE)
-        return {str(key): float(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        numbers = found.items() if isinstance(found, dict) else ()
+        return {key: float(value) for key, value in numbers if isinstance(value, (int, float))}
 
     def add(self, series: str, tensors: Mapping[str, Tensor], note: Mapping[str, float] | None = None) -> None:
         """Take in what was made of the next images of a series; series come one after the other.
@@ -90,10 +98,10 @@ class Begun:
         first = self._counts.get(series, 0)
         last = first + images
         joined = {name: torch.cat([made[name] for made in self._waiting]).contiguous() for name in self._waiting[0]}
-        with replacing(self.folder / f"{series}-{first:012d}-{last:012d}.safetensors") as path:
+        name = f"{series}-{first:012d}-{last:012d}.{self._mark}.{_checksum(joined)}.safetensors"
+        with replacing(self.folder / name) as path:
             save_file(joined, path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # what is named as whole is whole, even if the power fails
+            settle(path)
         if note is not None:
             write_json(self.folder / NOTE, note)
         self._counts[series], self._waiting, self._written = last, [], time.monotonic()
@@ -118,3 +126,10 @@ class Begun:
             clear_remains(self.folder)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.numpy().tobytes(), zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"

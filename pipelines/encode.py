@@ -47,9 +47,11 @@ def encode(
         InputError: the run has no codec yet, the source cannot be used, or ``out`` exists.
     """
     run.require_stage("codec", "train-codes --resume")
-    if out.exists():
-        raise InputError(f"{out} already exists.", "Name another folder with --out, or remove that one.")
     processes = join()
+    with processes.together():
+        if processes.main and out.exists():
+            Begun(out, {}).remove()  # killed after its last act, an encoding leaves this
+            raise InputError(f"{out} already exists.", "Name another folder with --out, or remove that one.")
     with processes.together():
         codec = HierarchicalVQVAE.from_pretrained(run.codec).to(processes.device)
         config = run_settings(run)
@@ -87,7 +89,9 @@ def encode_splits(
     usage = [CodeUsage(level.codebook_size) for level in codec.levels]
     counts: dict[str, int] = {}
     processes = join()
-    begun = Begun(folder, {"info": asdict(info), "batch_size": batch_size}) if processes.main else None
+    processes.require_alike(asdict(info))
+    with processes.together():
+        begun = Begun(folder, {"info": asdict(info), "batch_size": batch_size}) if processes.main else None
     with processes.together(), CodeWriter(folder, info) if processes.main else nullcontext() as writer:
 
         def take(name: str, encoded: Mapping[str, Tensor]) -> None:
@@ -102,7 +106,7 @@ def encode_splits(
             split = data.splits[name]
             split.set_epoch(None)
             counts[name] = len(split)
-            first = _go_on(begun, info, name, processes, partial(take, name), console)
+            first = _go_on(begun, info, split, processes, partial(take, name), console)
             starts = range(first, len(split), batch_size)
             batches = [range(start, min(start + batch_size, len(split))) for start in starts]
             share = first / max(len(split), 1)
@@ -112,6 +116,7 @@ def encode_splits(
                     if begun is not None:
                         begun.add(name, encoded)
                     progress.advance(len(encoded[codec.levels[0].name]))
+            name_unreadable(split)
     if begun is not None:
         begun.remove()
     figures: dict[str, Any] = {"images": counts}
@@ -124,10 +129,24 @@ def encode_splits(
     return figures
 
 
+def name_unreadable(split: ImageSplit) -> None:
+    """Let the first process meet the unreadable pictures that another has met, as it names and counts them for all.
+
+    Raises:
+        InputError: they are too many, together.
+    """
+    processes = join()
+    met = processes.exchange({"places": torch.tensor(split.unreadable_places, dtype=torch.int64)})
+    with processes.together():
+        others = {place for part in met[1:] for place in part["places"].tolist()} - set(split.unreadable_places)
+        if processes.main and others:
+            split.__getitems__(sorted(others))
+
+
 def _go_on(
     begun: Begun | None,
     info: CodeStoreInfo,
-    name: str,
+    split: ImageSplit,
     processes: Processes,
     take: Callable[[Mapping[str, Tensor]], None],
     console: Console,
@@ -139,11 +158,17 @@ def _go_on(
         return {**known, LABEL: (images,)} if info.class_names else known
 
     images = 0
-    for encoded in begun.made(name, shapes) if begun is not None else ():
-        take(encoded)
-        images += len(next(iter(encoded.values())))
+    for encoded in begun.made(split.name, shapes) if begun is not None else ():
+        count = len(next(iter(encoded.values())))
+        if images + count > len(split) or any(value.dtype != torch.int64 for value in encoded.values()):
+            break  # the run may be a stranger's
+        try:
+            take(encoded)
+        except ValueError:  # no codes of this codec
+            break
+        images += count
     if images:
-        console.say(f"encoding {name}: going on after {images:,} images.")
+        console.say(f"encoding {split.name}: going on after {images:,} images.")
     return int(processes.exchange({"images": torch.tensor(images)})[0]["images"])
 
 

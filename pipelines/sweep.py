@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pipelines.launcher import launched
 from pipelines.settings import save_settings
 from pipelines.sweep_figures import draw, figures_of, measure_images
 from pipelines.sweep_grid import Cell, Plan
@@ -40,7 +41,7 @@ from priors import registry
 from vqgen.console import Console, duration
 from vqgen.errors import InputError, Interrupted, VqgenError
 from vqgen.faults import is_of_memory
-from vqgen.files import atomic_folder, require_writable, write_text
+from vqgen.files import atomic_folder, clear_remains, require_writable, write_text
 from vqgen.run_folder import RunFolder
 
 
@@ -66,7 +67,7 @@ def sweep(
         MismatchError: the images are not those that the sweep was started with.
         Interrupted: the state of the cell that was being trained is saved.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise InputError(
             "vqgen sweep works in one process, not under a launcher.",
             "Start it without one, or train single cells with `train-codes --set` under it.",
@@ -82,6 +83,7 @@ def sweep(
     require_same_images(before, usable)
     with ExitStack() as stack:
         hold(stack, out)
+        clear_remains(out)
         if overwrite:
             remove_sweep(out, console)
         record = start_record(out, plan, before, usable, retry)

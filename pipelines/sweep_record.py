@@ -11,19 +11,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.sweep_grid import Cell, Plan, text_of
-from vqgen.config import Config, check
+from vqgen.config import Config
 from vqgen.console import Console
 from vqgen.errors import ConfigError, InputError, MismatchError
-from vqgen.files import read_json, write_json
+from vqgen.files import read_json, remove_folder, write_json
 from vqgen.locks import locked
+from vqgen.problems import check
 from vqgen.run_folder import RunFolder, require_enclosed, versions
 from vqgen.training_state import plain, refuse_differences
 
@@ -34,12 +36,46 @@ DONE, FAILED, WAITING = "done", "failed", "waiting"
 """States of a cell."""
 
 
+class _Part(BaseModel):
+    """Strict: a text is no number. What else a record holds is nobody's business here."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Images(_Part):
+    key: str
+    fingerprint: str
+    pixel_variance: int | float
+
+
+class _Figures(_Part):
+    codec: str | None = None
+    priors: dict[str, dict[str, dict[str, Any]]] = {}
+
+
+class _Cell(_Part):
+    name: str
+    state: Literal["done", "failed", "waiting"]
+    message: str | None
+    figures: _Figures
+
+
+class _Record(_Part):
+    settings: dict[str, Any]
+    grid: dict[str, list[Any]]
+    priors: list[str]
+    images: list[_Images]
+    cells: list[_Cell]
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The content of sweep.json; None where ``folder`` is not there, or is empty.
 
     Raises:
         InputError: the folder is a file or holds other things, or the record is damaged or of a newer vqgen.
     """
+    if folder.is_dir():
+        require_enclosed(folder)
     path = folder / RECORD
     if not path.is_file():
         if folder.exists() and not folder.is_dir():
@@ -47,17 +83,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise InputError(f"{folder} is not empty and not a sweep (no {RECORD}).", "Name another folder with --out.")
         return None
-    record = read_json(path)
-    parts = {"settings": dict, "grid": dict, "priors": list, "images": list, "cells": list}
-    if (
-        not isinstance(record, dict)
-        or not all(isinstance(record.get(key), kind) for key, kind in parts.items())
-        or not all(isinstance(values, list) for values in record["grid"].values())
-        or not all(isinstance(cell, dict) and isinstance(cell.get("figures"), dict) for cell in record["cells"])
-        or not all({"name", "state", "message"} <= set(cell) for cell in record["cells"])
-        or not all(isinstance(entry, dict) and {"key", "fingerprint"} <= set(entry) for entry in record["images"])
-    ):
-        raise InputError(f"{path} is not the record of a sweep.", "Restore it, or name another folder with --out.")
+    record: dict[str, Any] = read_json(path)
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise InputError(
+            f"{path} is not the record of a sweep (bad or missing: {where[:100]}).",
+            "Restore it, or name another folder with --out.",
+        ) from error
     if record.get("format") != FORMAT:
         raise InputError(f"{path} has format {record.get('format')!r}; this vqgen reads {FORMAT}.", "Upgrade vqgen.")
     return record
@@ -132,7 +167,7 @@ def remove_sweep(folder: Path, console: Console) -> None:
     made = [RUNS, *(f"{name}.{kind}" for name in ("curves", "grid") for kind in ("png", "svg"))]
     present = [name for name in [*made, "sweep.md", "sweep.csv", RECORD] if (folder / name).exists()]
     console.say(f"{folder}: removing {', '.join(present)}.")
-    shutil.rmtree(folder / RUNS, ignore_errors=True)
+    remove_folder(folder / RUNS)
     for name in present:
         if name != RUNS:
             (folder / name).unlink(missing_ok=True)
@@ -197,7 +232,7 @@ def _forget_unfinished(run: RunFolder) -> None:
     if not run.exists:
         return
     if not has_codec(run):
-        shutil.rmtree(run.path)
+        remove_folder(run.path)
         return
     begun = [path.relative_to(run.path).as_posix() for path in run.priors.glob("*/*")]
     run.remove_stages([stage for stage in begun if stage not in run.stages()])

@@ -11,9 +11,20 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from vqgen.errors import Interrupted
+from vqgen.interrupts import terminable
+
 
 def main() -> None:
     """Run the command line; exit code 2 where another folder hides one of the project's packages."""
+    try:
+        with terminable():
+            _main()
+    except KeyboardInterrupt:  # before there was a command
+        sys.exit(Interrupted.exit_code)
+
+
+def _main() -> None:
     home = Path(__file__).resolve().parent.parent
     for package in ("priors", "pipelines"):
         spec = find_spec(package)

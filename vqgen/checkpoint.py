@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vqgen.agreement import together
+from vqgen.agreement import Processes
 from vqgen.errors import InputError
 from vqgen.files import disk_errors, replace_folder, write_text
 from vqgen.hub import read_tensors
@@ -89,33 +89,29 @@ class CheckpointStore:
         parts: Mapping[str, Mapping[str, Tensor]],
         accelerator: Accelerator,
     ) -> Path:
-        """Write the checkpoint of ``step``; every process calls this, the first one writes all but `random_state`.
+        """Write the checkpoint of ``step``; every process calls this, and the first one writes.
 
         Raises:
             InputError: the disk is full or cannot be written, on every process; the checkpoints before are untouched.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
-        main = accelerator.is_main_process
-        try:
-            with together(accelerator), disk_errors(path):
-                if main:
+        processes = Processes.of(accelerator)
+        with processes.together(), disk_errors(path):
+            drawn = processes.exchange(random_state())
+            if processes.main:
+                everything = {**{f"random-{rank}": state for rank, state in enumerate(drawn)}, **parts}
+                try:
                     self.sweep()
                     temporary.mkdir(parents=True)
-            with together(accelerator), disk_errors(path):
-                own = f"random-{accelerator.process_index}"
-                for part, tensors in {own: random_state(), **(parts if main else {})}.items():
-                    _write_tensors(temporary / f"{part}.safetensors", tensors)
-            with together(accelerator), disk_errors(path):
-                if main:
+                    for part, tensors in everything.items():
+                        _write_tensors(temporary / f"{part}.safetensors", tensors)
                     _write_state(temporary, state)
                     replace_folder(temporary, path)
                     write_text(self.folder / LATEST, path.name + "\n")
-                    for old in self.paths()[self.keep :]:
-                        shutil.rmtree(old)
-        finally:
-            if main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                    self._prune()
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
         return path
 
     def load(self, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -139,12 +135,31 @@ class CheckpointStore:
             raise InputError(problems[0], "No other checkpoint is whole: train again with --overwrite.")
         return None
 
+    def open(self, name: str) -> Checkpoint:
+        """The checkpoint of that name.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        return Checkpoint(self.folder / name, _verified_state(self.folder / name))
+
     def discard_after(self, checkpoint: Checkpoint) -> None:
-        """Remove what is newer than ``checkpoint``: damaged, or written without becoming ``latest``."""
+        """Remove what is newer than ``checkpoint``, damaged or never become ``latest``, and what is too old."""
         for path in self.paths():
             if path.name > checkpoint.path.name:
-                shutil.rmtree(path)
+                self._remove(path)
         write_text(self.folder / LATEST, checkpoint.path.name + "\n")
+        self._prune()
+
+    def _prune(self) -> None:
+        for old in self.paths()[self.keep :]:
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: of a removal that is cut short, `sweep` finds the rest, and nobody takes it for a checkpoint.
+        doomed = self.folder / f".{path.name}.tmp"
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
     def sweep(self) -> None:
         """Remove what a process left that was killed while it wrote; put back what it had moved aside."""

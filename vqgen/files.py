@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ from vqgen.parsing import load_json
 GONE = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN)
 """Errors of a disk or a folder that was there and no longer is."""
 
+_in_use: set[Path] = set()
+"""Temporary names that this process writes to now; others that bear its number are of an earlier process.
+
+In a container that was started anew, numbers begin anew, and so a process often has that of the one before it.
+"""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) so that ``path`` is whole or unchanged; makes the folders above it.
@@ -32,14 +38,18 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: the disk is full, or the path cannot be written.
     """
+    _clear_beside(path)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+        settle(temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content``, like `write_text`."""
+    _clear_beside(path)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+        settle(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,6 +94,12 @@ def finite(value: Any) -> Any:
     return value
 
 
+def settle(path: Path) -> None:
+    """Wait until what was written to a file is on the disk: what is then renamed is whole, even if the power fails."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` for a file that takes the place of ``path`` if the block ends without an error.
@@ -91,8 +107,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the path cannot be written.
     """
-    temporary = _beside(path, "tmp")
-    with disk_errors(path):
+    with disk_errors(path), _temporary(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -108,8 +123,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
-    temporary = _beside(path, "tmp")
-    with disk_errors(path):
+    with disk_errors(path), _temporary(path) as temporary:
         _clear_beside(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -123,15 +137,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def replace_folder(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``; what was there is removed afterwards."""
     old = _beside(target, "old")
-    if target.exists():
-        target.rename(old)
     try:
+        if target.exists():
+            target.rename(old)
         source.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:  # a signal too
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there: the whole of it or, where the process is killed first, nothing.
+
+    What is being removed has a name by which `clear_remains` goes on removing it.
+
+    Raises:
+        InputError: it cannot be renamed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return
+    with disk_errors(path), _temporary(path) as doomed:
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clear_remains(folder: Path) -> None:
@@ -153,15 +183,32 @@ def _clear_beside(path: Path) -> None:
 
 def _put_right(left: Path) -> None:
     parts = re.fullmatch(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9_]*)-(?P<pid>[0-9]{1,9})\.(?P<kind>old|tmp)", left.name)
-    if parts is None or parts["host"] != _host() or is_alive(int(parts["pid"])):
+    if parts is None or parts["name"] in (".", "..") or parts["host"] != _host() or _works(int(parts["pid"]), left):
         return
     target = left.with_name(parts["name"])
-    if parts["kind"] == "old" and not target.exists():
-        left.rename(target)
-    elif left.is_dir() and not left.is_symlink():
-        shutil.rmtree(left, ignore_errors=True)
-    else:
-        left.unlink(missing_ok=True)
+    with suppress(OSError):  # what cannot be removed does no harm
+        if parts["kind"] == "old" and not target.exists():
+            left.rename(target)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _works(pid: int, left: Path) -> bool:
+    """Whether a process of that number is at work on ``left``."""
+    return left.absolute() in _in_use if pid == os.getpid() else is_alive(pid)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, which is this process's as long as the block lasts."""
+    temporary = _beside(path, "tmp")
+    _in_use.add(temporary.absolute())
+    try:
+        yield temporary
+    finally:
+        _in_use.discard(temporary.absolute())
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -215,6 +262,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         code = int(number[1]) if code is None and number else code
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"The disk is full: {path} was not written.", "Free some space and go on.") from error
+        if code == errno.EFBIG:
+            raise InputError(
+                f"{path} was not written: it is larger than a file may be here.",
+                "See the limits of this user (ulimit -f) and of the disk, or choose another folder.",
+            ) from error
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             named = getattr(error, "filename", None) or path
             raise InputError(f"{named} cannot be written (no permission).", "Choose another folder.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,28 +12,53 @@ from types import FrameType
 from typing import Any
 
 _NOTICE = b"\nStopping after this step; once more (Ctrl-C) to stop at once without saving.\n"
+_AGAIN = 0.05
+"""Seconds after which it is seen whether an import has ended."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
     """Within the block SIGTERM, with which clusters and systems end a process, is as Ctrl-C: what is open is put right.
 
-    Only the first one counts, so that the putting right is not itself interrupted. Outside the main thread, nothing
-    is watched.
+    Only the first SIGTERM counts, so that the putting right is not itself interrupted. While something is imported,
+    the first of both waits for its end: torch's own libraries abort where they are interrupted as they load. Outside
+    the main thread, nothing is watched.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        nonlocal asked
+        first, asked = not asked, True
+        if number == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if sys.platform != "win32" and (first or number == signal.SIGALRM) and _is_importing(frame):
+            handler = signal.signal(signal.SIGALRM, stop)
+            before.setdefault(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            return
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        if sys.platform != "win32" and signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopSignals:

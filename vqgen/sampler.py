@@ -172,4 +172,4 @@ def _identity(batch: Any) -> Any:
 def _leave_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; the training process decides what becomes of the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

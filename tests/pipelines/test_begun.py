@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipelines import cli
+from pipelines.begun import Begun
 from pipelines.drawing import Drawer
 from vqgen.codec import HierarchicalVQVAE
 
@@ -78,7 +79,9 @@ def test_what_does_not_fit_is_encoded_anew(
     second = sorted(begun.glob("train-*"))[1]
     changes, left = {}, 8
     if how == "damaged":
-        second.write_bytes(second.read_bytes()[:-9])
+        content = bytearray(second.read_bytes())
+        content[-2] ^= 1
+        second.write_bytes(content)
     elif how == "missing":
         second.unlink()
     elif how == "other batches":
@@ -124,7 +127,7 @@ def test_a_sampling_that_is_stopped_goes_on(
 ) -> None:
     drawn, begun = run_copy / "samples/drawn", run_copy / "samples/.drawn.begun"
     assert cli.call(sample(run_copy, *more)) == 130
-    assert [path.name for path in begun.glob("images-*")] == ["images-000000000000-000000000008.safetensors"]
+    assert [path.name[:32] for path in begun.glob("images-*")] == ["images-000000000000-000000000008"]
     assert not drawn.exists()
     capsys.readouterr()
     assert cli.call(sample(run_copy, *more)) == 0
@@ -146,3 +149,55 @@ def test_what_was_drawn_for_another_request_is_not_used(run_copy: Path, stopped:
     assert cli.call(sample(run_copy, "--seed", "7")) == 0
     assert stopped[4:] == [4, 4, 4, 4, 4]
     assert not (run_copy / "samples/.drawn.begun").exists()
+
+
+def test_of_two_commands_at_work_on_one_folder_neither_takes_what_the_other_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.begun.SHARD_IMAGES", 2)
+
+    def made(begun: Begun) -> list[int]:
+        parts = begun.made("images", lambda images: {"codes": (images,)})
+        return [value for part in parts for value in part["codes"].tolist()]
+
+    one, other = Begun(tmp_path / "x", {"seed": 1}), Begun(tmp_path / "x", {"seed": 2})
+    one.add("images", {"codes": torch.tensor([10, 11])})
+    other = Begun(tmp_path / "x", {"seed": 2})
+    other.add("images", {"codes": torch.tensor([20, 21])})
+    one.add("images", {"codes": torch.tensor([12, 13])})
+    assert made(Begun(tmp_path / "x", {"seed": 2})) == [20, 21]
+    assert made(Begun(tmp_path / "x", {"seed": 1})) == []
+    assert not (tmp_path / ".x.begun").exists()
+
+
+def test_what_was_made_in_other_steps_beside_a_damaged_part_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shapes(images: int) -> dict[str, tuple[int, ...]]:
+        return {"codes": (images,)}
+
+    monkeypatch.setattr("pipelines.begun.SHARD_IMAGES", 2)
+    Begun(tmp_path / "x", {}).add("images", {"codes": torch.tensor([1, 2])})
+    (path,) = tmp_path.glob(".x.begun/images-*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    again = Begun(tmp_path / "x", {})
+    assert list(again.made("images", shapes)) == []
+    again.add("images", {"codes": torch.tensor([1, 2, 3])})
+    (part,) = Begun(tmp_path / "x", {}).made("images", shapes)
+    assert part["codes"].tolist() == [1, 2, 3]
+
+
+def test_what_an_encoding_left_that_was_killed_after_its_last_act_is_removed(
+    finished_run: Path, tmp_path: Path, counted: Callable[[int], list[int]], fails: Callable[..., str]
+) -> None:
+    out, begun = tmp_path / "out", tmp_path / ".out.begun"
+    counted(8)
+    assert cli.call(encode(finished_run, out)) == 130
+    kept = Path(shutil.copytree(begun, tmp_path / "kept"))
+    counted(0)
+    assert cli.call(encode(finished_run, out)) == 0
+    kept.rename(begun)
+    assert "already exists" in fails(*encode(finished_run, out))
+    assert not begun.exists()

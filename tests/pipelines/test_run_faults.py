@@ -157,7 +157,7 @@ def test_what_a_killed_command_left_is_put_right_by_the_next(run_copy: Path) -> 
     expected = (codec / "model.safetensors").read_bytes()
     (codec / f".model.safetensors.{tag}.tmp").write_bytes(b"half")
     (codec / f".metrics.json.{foreign}.tmp").write_bytes(b"another machine's")
-    (codec / f".metrics.json.{host}-{os.getpid()}.tmp").write_bytes(b"of a process that works")
+    (codec / f".metrics.json.{host}-{os.getppid()}.tmp").write_bytes(b"of a process that works")
     (run_copy / f".samples.{tag}.tmp").mkdir()
     (run_copy / "codes").rename(run_copy / f".codes.{tag}.old")
     record = RunFolder(run_copy)
@@ -167,7 +167,7 @@ def test_what_a_killed_command_left_is_put_right_by_the_next(run_copy: Path) -> 
     assert cli.call(["train-codes", "--run", str(run_copy), "--resume"]) == 0
     assert (codec / "model.safetensors").read_bytes() == expected
     assert sorted(leftovers(run_copy)) == sorted(
-        [f".metrics.json.{foreign}.tmp", f".metrics.json.{host}-{os.getpid()}.tmp"]
+        [f".metrics.json.{foreign}.tmp", f".metrics.json.{host}-{os.getppid()}.tmp"]
     )
     assert (run_copy / "codes/codes.json").is_file()
 
@@ -304,8 +304,7 @@ def test_damaged_codes_are_named_before_anything_is_trained(how: str, run_copy: 
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(name, how) for name in ("run.json", "codes/codes.json") for how in ("cut", "zeros", "gone")]
-    + [("config.yaml", "zeros"), ("config.yaml", "gone")],  # half a YAML file may be another whole one
+    [(name, how) for name in ("run.json", "codes/codes.json", "config.yaml") for how in ("cut", "zeros", "gone")],
 )
 def test_damaged_records_of_a_run_are_one_line(name: str, how: str, run_copy: Path, fails: Fails) -> None:
     damage(run_copy / name, how)

@@ -256,8 +256,39 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
     (tmp_path / "mine/letter.txt").rename(tmp_path / "mine/sweep.json")
     assert "damaged" in fails(*command(tiny_config, tmp_path / "mine"))
-    (tmp_path / "mine/sweep.json").write_text('{"cells": [3], "format": 1}', encoding="utf-8")
-    assert "not the record of a sweep" in fails(*command(tiny_config, tmp_path / "mine"))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("images", 0, "key"), []),
+        (("images", 0, "pixel_variance"), "1"),
+        (("cells", 0), 3),
+        (("cells", 0, "name"), []),
+        (("cells", 0, "state"), "gone"),
+        (("cells", 0, "message"), [[1]]),
+        (("cells", 0, "figures", "codec"), []),
+        (("cells", 0, "figures", "priors"), 5),
+        (("cells", 0, "figures", "priors"), {"pixelcnn": None}),
+        (("grid",), {"codec.commitment": 1}),
+        (("priors",), [1]),
+        (("settings",), []),
+    ],
+)
+def test_a_record_of_other_types_is_one_line(
+    place: tuple[Any, ...], value: Any, swept_copy: Path, tiny_config: Path, fails: Callable[..., str]
+) -> None:
+    record = record_of(swept_copy)
+    *above, last = place
+    part: Any = record
+    for key in above:
+        part = part[key]
+    part[last] = value
+    changed = json.dumps(record)
+    (swept_copy / "sweep.json").write_text(changed, encoding="utf-8")
+    said = fails(*command(tiny_config, swept_copy))
+    assert f"not the record of a sweep (bad or missing: {'.'.join(map(str, place))}" in said
+    assert (swept_copy / "sweep.json").read_text(encoding="utf-8") == changed
 
 
 def test_images_that_cannot_be_used_are_one_line_and_nothing_is_made(

@@ -13,8 +13,8 @@ import pytest
 from pipelines import cli
 from pipelines.settings import new_run_settings
 from pipelines.sweep_grid import cell_name, make_plan, read_axes, short_keys, split_values, text_of
-from vqgen.config import build
 from vqgen.errors import ConfigError, InputError
+from vqgen.problems import build
 from vqgen.run_folder import plain_name
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweep.md"

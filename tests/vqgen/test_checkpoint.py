@@ -217,3 +217,34 @@ def test_optimisers_go_on_where_they_were(kind: type[torch.optim.Optimizer]) -> 
         step(model, optimizer)
         step(twin, other)
     assert torch.equal(model.weight, twin.weight)
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    first = save(store, accelerator, 1)
+
+    def killed(path: Path, **_: Any) -> None:
+        if (path / "state.json").exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, accelerator, 2)
+    assert not first.exists()
+    assert [path.name for path in store.paths()] == ["step-00000002"]
+    store.sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_going_on_removes_what_the_last_training_had_no_time_to(tmp_path: Path, accelerator: Accelerator) -> None:
+    for step in (1, 2, 3):
+        save(CheckpointStore(tmp_path, keep=3), accelerator, step)
+    store = CheckpointStore(tmp_path, keep=1)
+    checkpoint = store.load(refuse_warnings)
+    assert checkpoint is not None
+    store.discard_after(checkpoint)
+    assert [path.name for path in store.paths()] == ["step-00000003"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +101,29 @@ def test_within_a_training_sigterm_is_a_request() -> None:
             assert signals.received
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_import_is_not_interrupted_but_followed_by_the_interrupt(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"signalled_{number.name.lower()}"
+    lines = ["import os, time", f"os.kill(os.getpid(), {int(number)})", "time.sleep(0.12)", "ended = True"]
+    (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGALRM)]
+
+    def work() -> None:
+        with terminable():
+            importlib.import_module(name)
+            time.sleep(5)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert sys.modules.pop(name).ended
+        assert signal.getsignal(signal.SIGALRM) is before[1]
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before[0])

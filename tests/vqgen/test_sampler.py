@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -86,3 +88,18 @@ def test_batches_leave_the_global_generator() -> None:
         next(stream)
     list(evaluation_batches(Numbers(10), 5, 2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Signalled(Numbers):
+    """A data set whose reader is told to end with every batch: a cluster tells all processes of a job."""
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return super().__getitems__(indices)
+
+
+def test_a_process_that_loads_data_leaves_signals_to_the_training() -> None:
+    batches = training_batches(Signalled(6), EpochSampler(6, 2, seed=0), start=0, workers=1)
+    assert sorted(index for _ in range(3) for index in next(batches)["index"].tolist()) == list(range(6))
+    batches.close()
