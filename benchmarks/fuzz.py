@@ -1,8 +1,8 @@
-"""What does a stranger's config, run or compressed file do? Mutates thousands of them, opens each, and watches.
+"""What does a stranger's config, run, sweep, compressed file or shard of pictures do? Opens thousands, and watches.
 
-Every case is made from its number: one file of a small finished run, a config or a compressed file is damaged, or
-replaced by something that means harm; then commands are run on it in this process, each under a time limit and a limit
-of memory. A case fails where
+Every case is made from its number: one file of a small finished run, a config, a compressed file, a shard or a sweep is
+damaged, or replaced by something that means harm; then commands are run on it in this process, each under a time limit
+and a limit of memory. A case fails where
 
 - a command ends in a traceback, or with another exit code than 0 and 2;
 - it takes longer than the limit, asks for more memory than there is, or brings the process down;
@@ -41,7 +41,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import mutations  # noqa: E402
+from benchmarks import mutations, shard_mutations  # noqa: E402
 
 SETTINGS = """
 data: {source: shapes, image_size: 16, count: 64}
@@ -62,11 +62,14 @@ SECONDS = 60.0
 """Most that a case may take; on an idle core nearly all take under one."""
 MEMORY = 6 * 2**30
 """Address space that a case may take beyond what the process has when it begins, in bytes."""
-KINDS = ("config", "run file", "compressed file")
+KINDS = ("config", "run file", "compressed file", "shards", "sweep")
 _HARMLESS = (os.devnull, f"/proc/{os.getpid()}/clear_refs")
 """The second sets back the mark of peak memory (`vqgen.memory`)."""
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
+_CHANGES = {
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"),
+    "shutil.rmtree",  # which names what is inside by the folder it has open, not by a path
+}
 _FORBIDDEN = {
     *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"),
     *("socket.connect", "socket.getaddrinfo", "pickle.find_class"),
@@ -106,13 +109,14 @@ class Watch:
                 self._check(event, path)
         elif event in _CHANGES:
             for path in arguments[:2]:
-                if isinstance(path, (str, bytes)):
+                if isinstance(path, (str, bytes, os.PathLike)):
                     self._check(event, path)
 
-    def _check(self, event: str, path: str | bytes) -> None:
+    def _check(self, event: str, path: str | bytes | os.PathLike[str]) -> None:
         assert self.allowed is not None
         real = os.path.realpath(os.fsdecode(path))
-        if real not in _HARMLESS and not real.startswith(self.allowed):
+        inside = any(real == folder or real.startswith(folder + os.sep) for folder in self.allowed)
+        if real not in _HARMLESS and not inside:
             self.seen.append(f"{event} {real}")
 
 
@@ -134,8 +138,24 @@ def make_base(folder: Path) -> None:
             code = cli.call(command)
         if code:
             raise SystemExit(f"vqgen {' '.join(command)} ended with {code}")
-    for previews in (folder / "run").rglob("previews"):
+    make_sweep(folder)
+    for previews in folder.rglob("previews"):
         shutil.rmtree(previews)
+
+
+def make_sweep(folder: Path) -> None:
+    """A finished sweep of one cell, ``sweep/`` beside the ``tiny.yaml`` that is in ``folder``."""
+    from pipelines import cli
+
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        with quiet() as said:
+            code = cli.call(shard_mutations.SWEEP)
+    finally:
+        os.chdir(here)
+    if code:
+        raise SystemExit(f"vqgen {' '.join(shard_mutations.SWEEP)} ended with {code}: {said.getvalue()[-500:]}")
 
 
 @contextlib.contextmanager
@@ -144,6 +164,13 @@ def quiet() -> Iterator[io.StringIO]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         yield said
+
+
+def prepare(kind: str, random: Random, base: Path, case: Path) -> mutations.Case:
+    """Make one case in the folder ``case``."""
+    makers = {"shards": shard_mutations.shards, "sweep": shard_mutations.sweep}
+    make = makers.get(kind)
+    return make(random, base, case) if make else mutations.prepare(kind, random, base, case)
 
 
 def run_case(number: int, base: Path, watch: Watch, seconds: float = SECONDS) -> dict[str, Any]:
@@ -159,7 +186,11 @@ def run_case(number: int, base: Path, watch: Watch, seconds: float = SECONDS) ->
         beside.mkdir()
         (beside / "victim.txt").write_text("whole", encoding="utf-8")
         case.mkdir()
-        what, commands = mutations.prepare(kind, random, base, case)
+        what, commands = prepare(kind, random, base, case)
+        if kind == "shards":
+            import datasets
+
+            datasets.config.HF_DATASETS_CACHE = case / "cache"
         problem, codes = "", []
         here = Path.cwd()
         os.chdir(case)
@@ -275,7 +306,7 @@ def run_all(numbers: Sequence[int], base: Path, seconds: float, tell: Callable[[
                 number = waiting.pop(0)
                 problem = f"the process ended with {process.returncode} or hung: {errors.read()[-500:]}"
                 tell(
-                    {"case": number, "kind": KINDS[number % 3], "what": "?", "codes": [], "seconds": 0}
+                    {"case": number, "kind": KINDS[number % len(KINDS)], "what": "?", "codes": [], "seconds": 0}
                     | {"problem": problem}
                 )
 

@@ -67,7 +67,7 @@ def _config(random: Random, base: Path, case: Path) -> Case:
 
 def _run_file(random: Random, base: Path, case: Path) -> Case:
     run = Path(shutil.copytree(base / "run", case / "run"))
-    attack = random.choices(("file", "checkpoint", "place"), (7, 1.5, 1.5))[0]
+    attack = random.choices(("file", "checkpoint", "place"), (6, 2.5, 1.5))[0]
     if attack == "checkpoint":
         return _checkpoint(random, run)
     if attack == "place":
@@ -114,7 +114,9 @@ def _commands(random: Random, name: str) -> list[list[str]]:
     if name.startswith("priors/") or name.startswith("codec/"):
         prior = name.split("/")[1] if name.startswith("priors/") else "pixelcnn"
         chosen.append(["sample", "-n", "1", "--prior", prior, "--out", "w"])
-    if random.random() < 0.06:
+    if name.endswith(("metrics.jsonl", "metrics.json")):
+        chosen = [random.choice((["diagnose"], ["compare"]))]  # which read these
+    elif random.random() < 0.06:
         chosen.append(random.choice(heavy))
     return [[*command, "--run", "run"] for command in chosen]
 

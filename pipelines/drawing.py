@@ -27,6 +27,9 @@ from vqgen.codes import Codes, LevelSpec
 from vqgen.console import Console
 from vqgen.images import to_uint8
 
+_KINDS = {"images": torch.uint8, "probability": torch.float64}
+"""What tensors of samples hold; the others int64."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -163,7 +166,7 @@ def draw_samples(
     batches = list(in_batches(request.images, request.batch_size))
     drawn = []
     if begun is not None and processes.main:
-        drawn = [samples_of(made) for made in begun.made("images", partial(_shapes, drawer))]
+        drawn = _drawn_before(drawer, begun)
         noted = begun.note() if drawn else {}
         drawer.seconds = {part: own + noted.get(part, 0.0) for part, own in drawer.seconds.items()}
     first = int(processes.exchange({"images": torch.tensor(sum(len(made.images) for made in drawn))})[0]["images"])
@@ -192,6 +195,32 @@ def draw_samples(
                     begun.add("images", result, drawer.seconds)
         seconds = slowest(processes, drawer.seconds)
     return joined(drawn, seconds) if processes.main else None
+
+
+def _drawn_before(drawer: Drawer, begun: Begun) -> list[Samples]:
+    """What was drawn before the work was stopped, as far as it can be of this drawing: the run may be a stranger's."""
+    drawn: list[Samples] = []
+    count = 0
+    for made in begun.made("images", partial(_shapes, drawer)):
+        first, count = count, count + len(made["images"])
+        kinds = {name: value.dtype for name, value in made.items()}
+        codes = [made[f"codes.{index}"] for index in range(len(drawer.levels))]
+        if (
+            count > drawer.request.images
+            or kinds != {name: _KINDS.get(name, torch.int64) for name in kinds}
+            or any(
+                level.min() < 0 or level.max() >= spec.codebook_size
+                for level, spec in zip(codes, drawer.levels, strict=True)
+            )
+            or not (drawer.labels is None or torch.equal(made["labels"], drawer.labels[first:count].cpu()))
+        ):
+            break
+        drawn.append(samples_of(made))
+    return drawn
+
+
+def _out_of_range(codes: Tensor, level: LevelSpec) -> bool:
+    return bool(codes.min() < 0 or codes.max() >= level.codebook_size)
 
 
 def _shapes(drawer: Drawer, images: int) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqgen.codes import ImageSpec
 from vqgen.errors import InputError
-from vqgen.images import channels_of, size_of, to_array
+from vqgen.images import channels_of, open_picture, size_of, to_array
 from vqgen.rows import BROKEN, first_line
 
 
@@ -28,8 +28,7 @@ def read_picture(path: Path, option: str) -> Image.Image:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what it cannot read it raises
-            picture = Image.open(file)
-            picture.load()
+            picture = open_picture(file)
     except BROKEN as error:
         raise InputError(
             f"{option} {path} is not a picture that can be read ({first_line(error)}).", "Give a PNG or JPEG, say."

@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import yaml
-
 from pipelines.run_codes import check_levels
 from priors import registry
 from vqgen.codes import level_names
-from vqgen.config import Config, build, check, raise_problems
+from vqgen.config import Config
 from vqgen.errors import InputError, did_you_mean
-from vqgen.files import read_json, write_text
-from vqgen.presets import apply_sets, merge, read_layers, read_yaml
+from vqgen.files import read_json
+from vqgen.presets import apply_sets, merge, read_layers, read_yaml, write_yaml
+from vqgen.problems import build, check, raise_problems
 from vqgen.run_folder import DEFAULT_PRESET, RunFolder
 from vqgen.training_state import plain, refuse_differences
 
@@ -56,6 +55,7 @@ def run_settings(run: RunFolder, *, source: str | None = None) -> Config:
 
     The groups of single priors are not checked here: the run may hold a prior whose plug-in is not loaded.
     """
+    run.require_enclosed()
     config, problems = check(Config, read_yaml(run.config))
     raise_problems(problems, str(run.config))
     assert config is not None
@@ -74,6 +74,7 @@ def changed_run_settings(
     short_for: str | None,
 ) -> Config:
     """Settings of an existing run with the options of a command merged over them, all checked."""
+    run.require_enclosed()
     values = read_yaml(run.config)
     return merged_settings(
         values, sets, source=source, seed=seed, minutes=minutes, short_for=short_for, file=str(run.config)
@@ -155,11 +156,14 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 def training_minutes(config: Config, minutes: float) -> Config:
     """``config`` with the budget of every model it trains set to ``minutes``."""
-    return every_training(config, f"minutes={minutes}")
+    return every_training(config, [f"training.minutes={minutes}"])
 
 
-def every_training(config: Config, assignment: str) -> Config:
-    """``config`` with an assignment such as ``minutes=3`` made in the training of every model it trains."""
+def every_training(config: Config, assignments: Sequence[str], sets: Sequence[str] = ()) -> Config:
+    """``config`` with assignments such as ``training.minutes=3`` made for every model it trains.
+
+    Those of ``sets`` that are for one model are made once more, so that they have the last word.
+    """
     chosen = [choice.values() if isinstance(choice, dict) else [choice] for choice in config.run.priors]
     names = {name for group in chosen for name in group}
     values = config.model_dump(mode="json", exclude_none=True)
@@ -167,7 +171,9 @@ def every_training(config: Config, assignment: str) -> Config:
     for name in sorted(names):
         levels = (values["priors"].get(name) or {}).get("levels") or {}
         groups += [f"priors.{name}", *(f"priors.{name}.levels.{level}" for level in levels)]
-    return build(Config, apply_sets(values, [f"{group}.training.{assignment}" for group in groups]))
+    own = [assignment for assignment in sets if assignment.strip().startswith(("codec", "priors"))]
+    every = [f"{group}.{assignment}" for group in groups for assignment in assignments]
+    return build(Config, apply_sets(values, [*every, *own]))
 
 
 def merged_settings(
@@ -245,8 +251,7 @@ def _choice_problems(level: str | None, name: str, levels: Sequence[str] | None)
 
 def save_settings(run: RunFolder, config: Config) -> None:
     """Write the resolved settings to the run's config.yaml."""
-    values = config.model_dump(mode="json", exclude_none=True)
-    write_text(run.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_yaml(run.config, config.model_dump(mode="json", exclude_none=True))
 
 
 def parse_priors(text: str, levels: Sequence[str]) -> dict[str, str]:

@@ -27,10 +27,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from vqgen.config import Settings, build
+from vqgen.config import Settings
 from vqgen.errors import InputError, MismatchError
-from vqgen.files import replacing, write_json, write_text
+from vqgen.files import replacing, settle, write_json, write_text
 from vqgen.parsing import load_json
+from vqgen.problems import build
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -78,6 +79,7 @@ class HubModel(nn.Module):
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         with replacing(folder / WEIGHTS) as path:
             save_file(tensors, path, metadata={"format": "pt"})
+            settle(path)
         write_json(folder / CONFIG, saved)
         write_text(folder / "README.md", self.card())
 
@@ -297,10 +299,9 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
     if isinstance(source, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise InputError(f"No model folder at '{source}'.", "Give a folder, or OWNER/NAME of a repository on the hub.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
+    except Exception as error:  # the library's own, and whatever the HTTP library of the day raises
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"'{text}' is neither a folder nor a hub repository that can be reached ({line}).") from error

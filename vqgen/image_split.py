@@ -107,6 +107,11 @@ class ImageSplit(Dataset[Batch]):
         """Pictures found unreadable so far, in this process."""
         return len(self._stand_ins)
 
+    @property
+    def unreadable_places(self) -> list[int]:
+        """Where they are in the split."""
+        return sorted(self._stand_ins)
+
     def labels(self) -> Indices | None:
         """Classes of the whole split, int64 (N,), without reading a picture; None where unlabelled."""
         return None if self._labels is None else self._labels.copy()

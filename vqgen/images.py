@@ -10,13 +10,13 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vqgen.files import replacing
@@ -33,6 +33,10 @@ _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _GREY = ("1", "L", *_WIDE)
 _BIT_DEPTHS = (8, 10, 12, 14, 16)
 _TEXT = 12
+_LONGEST_NAME = 40
+"""Characters of a name that are drawn."""
+_RUNS_A_PROGRAM = {"EPS"}
+"""Formats that Pillow hands to another program (Ghostscript), which a picture of a stranger must not start."""
 
 
 class ValueRange(NamedTuple):
@@ -96,6 +100,27 @@ def channels_of(image: Image.Image | Pixels) -> int:
     return (1 if image.mode in (*_GREY, "LA", "La") else 3) + alpha
 
 
+def open_picture(file: IO[bytes]) -> Image.Image:
+    """The picture in an open file, decoded, whatever may be wrong with it.
+
+    Raises:
+        OSError: it is no picture, a damaged one, or one too large to be decoded.
+    """
+    Image.init()
+    formats = [name for name in Image.ID if name not in _RUNS_A_PROGRAM]
+    try:
+        image = Image.open(file, formats=formats)
+        image.load()
+        image.getexif()  # read here, where it may be damaged, and not where it is needed
+    except UnidentifiedImageError:
+        raise OSError("it is no picture of a known format") from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever a decoder makes of bytes that anybody may have written
+        raise OSError(str(error) or type(error).__name__) from error
+    return image
+
+
 def size_of(image: Image.Image | Pixels) -> tuple[int, int]:
     """Height and width of a picture, as it is meant to be seen."""
     if not isinstance(image, Image.Image):
@@ -139,10 +164,19 @@ def to_array(
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(rearrange(pixels, "h w c -> c h w"))
 
 
-def _array_to_uint8(pixels: Pixels, values: ValueRange | None) -> npt.NDArray[np.uint8]:
-    """(H, W) or (H, W, C) of any number type as uint8 (H, W, C)."""
+def check_shape(pixels: Pixels) -> None:
+    """Refuse an array that is no picture by its shape.
+
+    Raises:
+        ValueError: it is neither (H, W) nor (H, W, 1 to 4).
+    """
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in MODES) or 0 in pixels.shape:
         raise ValueError(f"an array of shape {list(pixels.shape)} is not a picture (H, W) or (H, W, 1 to 4)")
+
+
+def _array_to_uint8(pixels: Pixels, values: ValueRange | None) -> npt.NDArray[np.uint8]:
+    """(H, W) or (H, W, C) of any number type as uint8 (H, W, C)."""
+    check_shape(pixels)
     if pixels.dtype == np.dtype(bool):
         pixels = pixels * np.uint8(255)
     elif is_wide(pixels):
@@ -196,6 +230,7 @@ def image_grid(
 
     font = ImageFont.load_default()
     line = _TEXT + 4
+    row_names, column_names = [_short(name) for name in row_names], [_short(name) for name in column_names]
     widest = max((math.ceil(font.getlength(name)) for name in column_names), default=0)
     cell = max(width * scale, widest)
     left = max((math.ceil(font.getlength(name)) + 2 * pad for name in row_names), default=0)
@@ -220,6 +255,10 @@ def image_grid(
         inset = (cell - width * scale) // 2
         canvas.paste(picture, (left + pad + column * (cell + pad) + inset, top + pad + row * (height * scale + pad)))
     return canvas
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
 
 
 def to_pil(image: Tensor) -> Image.Image:

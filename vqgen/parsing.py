@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,20 @@ def read_bounded(path: Path, most: int) -> str:
     """The text of a file of at most ``most`` bytes, UTF-8.
 
     Raises:
-        ValueError: it is longer, or not UTF-8.
+        ValueError: it is longer, not UTF-8, or no plain file: who opens a pipe waits for whoever writes to it.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no plain file")
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is longer than {most:,} bytes")
     return content.decode("utf-8")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def load_json(path: Path, *, most: int = MOST_JSON, nan: bool = False) -> Any:

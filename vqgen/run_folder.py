@@ -23,7 +23,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
@@ -31,13 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.errors import InputError, did_you_mean
-from vqgen.files import disk_errors, read_json, write_json
+from vqgen.files import disk_errors, read_json, remove_folder, write_json
 from vqgen.locks import locked
 from vqgen.run_record import PART, record_problems
 
 FORMAT = 1
 RUNS = Path("runs")
 DEFAULT_PRESET = "shapes"
+_TRACKED = re.compile(r"(codec|priors/[^/]+/[^/]+)/wandb")
+"""Folders that Weights & Biases keeps beside a training, with links to its own cache; we read none of that."""
 _RECORDED_PACKAGES = ("torch", "accelerate", "numpy", "datasets", "x-transformers", "safetensors")
 
 
@@ -119,10 +120,13 @@ class RunFolder:
             raise InputError(f"{self.path} is a file, not a folder.", "Give another --run.")
         if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and not a run (no run.json).", "Give another --run.")
+        self.require_enclosed()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         empty = {"format": FORMAT, "created": _now(), "versions": versions(), "data": {}, "stages": {}, "commands": []}
-        write_json(self.record, empty)
+        with locked(self.path / ".lock", wait=True):
+            if not self.exists:  # another command may have made it just now, and written to it
+                write_json(self.record, empty)
 
     def read(self) -> dict[str, Any]:
         """The contents of run.json.
@@ -190,12 +194,13 @@ class RunFolder:
         return record
 
     def remove_stages(self, names: Sequence[str]) -> None:
-        """Remove the files of stages, done or only begun, and forget them."""
+        """Remove the files of stages, done or only begun, in the order in which they are made, and forget them."""
         with self._edit() as saved:
             for name in names:
                 saved["stages"].pop(name, None)
-        for name in names:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        # What was made last goes first, so that nothing ever outlives what it was made from.
+        for name in reversed(names):
+            remove_folder(self.path / name)
 
     def data_description(self) -> str:
         """One line on the run's images; empty before they were read."""
@@ -209,6 +214,7 @@ class RunFolder:
         Raises:
             InputError: another process does, and which.
         """
+        self.require_enclosed()
         lock = self.path / f".{part.replace('/', '-')}.lock"
         return locked(lock, shared=shared, what=str(self.path / part))
 
@@ -283,7 +289,7 @@ def require_enclosed(folder: Path) -> None:
                     )
             elif not (os.path.isdir(path) or os.path.isfile(path)) and os.path.lexists(path):
                 raise InputError(f"{path} is neither a file nor a folder.", "Remove it.")
-        names[:] = [name for name in names if name != "wandb"]  # which links to its own cache; we follow none of that
+        names[:] = [name for name in names if not _TRACKED.fullmatch(Path(above, name).relative_to(folder).as_posix())]
 
 
 def plain_name(name: str, what: str) -> str:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 PART = r"(?!\.)[^/\\:\x00-\x1f\x7f]{1,100}"
 """What a part of a path may be that a file of a run names."""
-_STAGE = re.compile(rf"{PART}(/{PART}){{0,2}}")
+_STAGE = re.compile(r"codec|codes|classifier|priors/[a-z][a-z0-9_-]{0,99}/(top|middle|bottom)")
+"""Stages are folders of the run that are removed with all that is in them; and they become words of a command."""
 
 Scalar = int | float | None
 

@@ -6,10 +6,11 @@ a row on, a few at a time. Nothing is unpacked, copied or converted on disk. `vq
 
 from __future__ import annotations
 
+import os
 import tarfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,6 +33,8 @@ WAIT = 2.0
 _BATCH = 64
 _CLASS = ".cls"
 _CLASS_BYTES = 32
+_ROWS_PER_BYTE = 8
+"""More rows than bytes there may be: of pictures that are alike, such as empty masks, a table stores one."""
 
 
 class Shard(ABC):
@@ -145,6 +148,12 @@ class TableShard(Shard):
         return values.astype(np.str_ if values.dtype.kind == "O" else np.int64)
 
 
+def _check_counts(counts: Sequence[int], size: int) -> None:
+    """Refuse numbers of rows that a file of ``size`` bytes cannot hold, before memory is taken for them."""
+    if min(counts, default=0) < 0 or sum(counts) > _ROWS_PER_BYTE * size:
+        raise OSError(f"it is said to hold {sum(counts):,} rows in {size:,} bytes")
+
+
 class ParquetShard(TableShard):
     """A parquet file on this disk or, by a URL such as ``hf://``, elsewhere; read a row group at a time.
 
@@ -155,9 +164,12 @@ class ParquetShard(TableShard):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.remote = "://" in path
-        with _opened(path), self._file() as file:
-            groups = [file.metadata.row_group(place).num_rows for place in range(file.num_row_groups)]
-            self._schema = file.schema_arrow
+        with _opened(path):
+            source = self._source()
+            with self._file(source) as file:
+                groups = [file.metadata.row_group(place).num_rows for place in range(file.num_row_groups)]
+                self._schema = file.schema_arrow
+                _check_counts(groups, source.size if self.remote else os.stat(path).st_size)
         self._starts = np.cumsum([0, *groups])
 
     @property
@@ -174,7 +186,7 @@ class ParquetShard(TableShard):
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def cells(self, start: int) -> Iterator[Cells]:
-        with self._file() as file:
+        with self._file(self._source()) as file:
             if file.metadata.num_rows != len(self):
                 raise OSError(f"it has {file.metadata.num_rows} rows, not {len(self)} as before")
             for group in range(self._group(start), file.num_row_groups):
@@ -186,13 +198,15 @@ class ParquetShard(TableShard):
                     row += len(batch)
 
     def column(self, name: str) -> Any:
-        with _opened(self.path), self._file() as file:
+        with _opened(self.path), self._file(self._source()) as file:
             return file.read(columns=[name]).column(0)
 
-    def _file(self) -> Any:
+    def _source(self) -> Any:
+        return open_remote(self.path) if self.remote else self.path
+
+    def _file(self, source: Any) -> Any:
         import pyarrow.parquet as pq
 
-        source = open_remote(self.path) if self.remote else self.path
         # Read through a small buffer: a row group may be as large as the file.
         return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=self.remote)
 
@@ -208,6 +222,7 @@ class ArrowShard(TableShard):
         super().__init__(path)
         with _opened(path):
             table = self._table()
+            _check_counts([len(table)], os.stat(path).st_size)
         self._schema, self._count = table.schema, len(table)
 
     @property
@@ -222,11 +237,20 @@ class ArrowShard(TableShard):
         if len(table) != len(self):
             raise OSError(f"it has {len(table)} rows, not {len(self)} as before")
         for batch in table.slice(start).to_batches(max_chunksize=_BATCH):
-            yield batch.column(0).to_pylist()
+            column = batch.column(0)
+            column.validate(full=True)  # offsets in the file may be anybody's
+            yield column.to_pylist()
 
     def column(self, name: str) -> Any:
         with _opened(self.path):
-            return self._table().column(name)
+            column = self._table().column(name)
+            column.validate(full=True)
+            return column
+
+    def check(self) -> None:
+        """Look through the whole file for offsets that lead out of it; raises as the class."""
+        with _opened(self.path):
+            self._table().validate(full=True)
 
     def _table(self) -> Any:
         import pyarrow as pa
@@ -258,6 +282,8 @@ class TarShard(Shard):
                 folder, _, name = member.name.rpartition("/")
                 key, _, suffixes = name.partition(".")
                 key, suffix = f"{folder}/{key}", f".{suffixes.rpartition('.')[2].lower()}"
+                if member.size < 0:  # after which it would go round and round
+                    raise tarfile.ReadError("a file of less than no bytes")
                 if not member.isreg() or member.issparse() or not name or name.startswith("."):
                     continue
                 if suffix in known:
@@ -314,7 +340,8 @@ def _opened(path: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if not remote and not isinstance(error, (pa.ArrowException, tarfile.TarError, *BROKEN)):
+        of_the_file = (pa.ArrowException, tarfile.TarError, RecursionError, MemoryError, *BROKEN)
+        if not remote and not isinstance(error, of_the_file):
             raise
         hint = "Check the network." if remote else "Mend or remove it."
         raise InputError(f"'{path}' cannot be read ({first_line(error)}).", hint) from error

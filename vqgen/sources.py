@@ -21,14 +21,16 @@ from vqgen import shapes
 from vqgen.config import DataSettings
 from vqgen.errors import InputError, did_you_mean
 from vqgen.parsing import load_json
-from vqgen.rows import BROKEN, ArrayRows, Rows, ShapeRows, TableRows, first_line
+from vqgen.rows import ArrayRows, Rows, ShapeRows, first_line
+from vqgen.shards import ArrowShard
 from vqgen.splits import SPLITS, canonical, in_path
 from vqgen.streaming import hub_files, open_shards
+from vqgen.table_rows import TableRows
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TAR = ".tar"
-_KINDS = "'shapes', a folder of images, .parquet, .arrow, .npy, .npz, a saved data set, or OWNER/NAME on the hub"
+_KINDS = "'shapes', a folder of images, .parquet, .arrow, .tar, .npy, .npz, a saved data set, or OWNER/NAME on the hub"
 
 Source = dict[str, Callable[[], Rows]]
 """An opener for each of the three splits that the source has; always for ``train``."""
@@ -58,7 +60,7 @@ def open_source(settings: DataSettings) -> Source:
     if path.is_file():
         return _file(path, settings)
     suffix = path.suffix.lower()
-    if not _HUB_NAME.fullmatch(name) or suffix in (".npy", ".npz", *_TABLES, ".png", ".jpg", ".jpeg", ".zip"):
+    if not _HUB_NAME.fullmatch(name) or suffix in (".npy", ".npz", _TAR, *_TABLES, ".png", ".jpg", ".jpeg", ".zip"):
         raise InputError(f"No file or folder at '{name}'.", f"data.source takes {_KINDS}.")
     return _hub(name, settings)
 
@@ -120,6 +122,10 @@ def _tables(root: Path, files: list[Path], builder: str, settings: DataSettings)
         import datasets
 
         with _readable(f"The {builder} files of '{root}'"):
+            for file in by_split[split] if builder == "arrow" else ():
+                ArrowShard(file).check()
+            if settings.labels and len(by_split[split]) > 1:
+                open_shards(by_split[split], builder, settings)  # `datasets` takes the classes of the first for all
             names = [glob.escape(file) for file in by_split[split]]
             return datasets.load_dataset(builder, data_files={split: names}, split=split)
 
@@ -127,8 +133,7 @@ def _tables(root: Path, files: list[Path], builder: str, settings: DataSettings)
 
 
 def _tars(root: Path, files: list[Path], settings: DataSettings) -> Source:
-    if not settings.streaming:
-        raise InputError(f"'{files[0]}' is a shard of a WebDataset.", "Shards are read with --streaming.")
+    """Streamed always: nothing else reads them, and most commands have no option for it."""
     if settings.image_column or settings.label_column:
         raise InputError(f"'{files[0]}' has no columns to name.", "Leave out data.image_column and data.label_column.")
     return _shards(_by_split(root, files), "tar", settings)
@@ -158,7 +163,7 @@ def _refuse_streaming(settings: DataSettings, what: str) -> None:
     if settings.streaming:
         raise InputError(
             f"The images of '{settings.source}' {what}: there is nothing to stream.",
-            "Leave out --streaming. It is for parquet, arrow and WebDataset shards, here or on the hub.",
+            "Leave out --streaming (data.streaming). It is for parquet, arrow and WebDataset shards, here or on a hub.",
         )
 
 
@@ -175,7 +180,9 @@ def _saved(path: Path, settings: DataSettings) -> Source:
 
     def read(folder: Path) -> Any:
         with _readable(f"The saved data set '{folder}'"):
-            return datasets.load_from_disk(str(folder))
+            saved = datasets.load_from_disk(str(folder))
+            saved.data.validate(full=True)  # offsets in the files may be anybody's
+            return saved
 
     folders = {"train": path}
     if (path / "dataset_dict.json").is_file():
@@ -192,6 +199,8 @@ def _hub(name: str, settings: DataSettings) -> Source:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Before datasets 4, a set could have a program that loads it, and the environment could allow that once for all.
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     near = did_you_mean(name, ["shapes"])
     if not constants.HF_HUB_OFFLINE:
         # One quick question first: unreachable, the library below tries again for half a minute.
@@ -267,13 +276,14 @@ def _rows(read: Callable[[], Any], settings: DataSettings) -> Rows:
 def _readable(what: str) -> Iterator[None]:
     """Turn what the data libraries raise on damaged files into one line; no progress bars for local files."""
     import datasets
-    import pyarrow as pa
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, *BROKEN) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of files that anybody may have written
         raise InputError(
             f"{what} cannot be read ({first_line(error.__cause__ or error)}).", "Mend or remove it."
         ) from error

@@ -27,9 +27,10 @@ import numpy.typing as npt
 
 from vqgen.config import DataSettings
 from vqgen.errors import InputError
-from vqgen.rows import Picture, Rows, image_column, label_column, picture_of, stored_bytes
+from vqgen.rows import Picture, Rows, first_line
 from vqgen.shards import ArrowShard, Cells, ParquetShard, Reader, Shard, TableShard, TarShard
 from vqgen.splits import Indices, stream
+from vqgen.table_rows import image_column, label_column, names_of, picture_of, stored_bytes
 
 LANES = 8
 KEPT_BYTES = 256 * 2**20
@@ -208,18 +209,37 @@ class ShardRows(Rows):
 
 def _choose_columns(shards: Sequence[TableShard], settings: DataSettings) -> tuple[str, ...] | None:
     """Say to all shards which columns to read; the names of the classes, where the first shard has them."""
-    import datasets
-
-    features = datasets.Features.from_arrow_schema(shards[0].schema)
+    features = _features_of(shards[0])
     images = image_column(features, settings.image_column)
     labels = label_column(features, settings.label_column, images) if settings.labels else None
+    names = None if labels is None else names_of(features[labels])
     for shard in shards:
         for column in (images, labels):
             if column is not None and column not in shard.schema.names:
                 raise InputError(f"'{shard.path}' has no column '{column}', but '{shards[0].path}' has.")
+        if names is not None and names_of(_features_of(shard)[labels]) not in (None, names):
+            raise InputError(
+                f"'{shard.path}' has other classes in column '{labels}' than '{shards[0].path}'.",
+                "Write all shards with one list of classes, or set data.labels=false.",
+            )
         shard.image_column, shard.label_column = images, labels
-    names = None if labels is None else getattr(features[labels], "names", None)
-    return None if names is None else tuple(names)
+    return names
+
+
+def _features_of(shard: TableShard) -> Any:
+    """The shard's columns as `datasets` describes them.
+
+    Raises:
+        InputError: it cannot.
+    """
+    import datasets
+
+    try:
+        return datasets.Features.from_arrow_schema(shard.schema)
+    except Exception as error:  # whatever comes of a description that anybody may have written
+        raise InputError(
+            f"'{shard.path}' cannot be read (of its columns it says: {first_line(error)}).", "Mend or remove it."
+        ) from error
 
 
 _KINDS: dict[str, Callable[[str], Shard]] = {"parquet": ParquetShard, "arrow": ArrowShard, "tar": TarShard}

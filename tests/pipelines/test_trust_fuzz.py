@@ -17,8 +17,8 @@ import pytest
 from benchmarks import fuzz, mutations
 from pipelines import cli
 
-CASES = 24
-"""As many of each kind as a few seconds allow; the script runs thousands."""
+CASES = 30
+"""As many of all kinds as a few seconds allow; the script runs thousands."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,7 @@ def base(finished_run: Path, tiny_config: Path, tmp_path_factory: pytest.TempPat
     for name, prior in (("file", "pixelcnn"), ("short", "unigram")):
         out = str(folder / f"{name}.vqgen")
         assert cli.call(["compress", "-n", "2", "--prior", prior, "--out", out, "--run", str(run)]) == 0
+    fuzz.make_sweep(folder)
     return folder
 
 
@@ -47,13 +48,13 @@ def test_a_case_ends_well(number: int, base: Path, watch: fuzz.Watch) -> None:
     assert not result["problem"], result
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 7, 8])
 def test_a_number_always_makes_the_same_case(number: int, base: Path, tmp_path: Path) -> None:
     made = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         kind = fuzz.KINDS[number % len(fuzz.KINDS)]
-        what, commands = mutations.prepare(kind, Random(number), base, tmp_path / name)
+        what, commands = fuzz.prepare(kind, Random(number), base, tmp_path / name)
         made.append((what, commands, mutations.digest(tmp_path / name)))
     assert made[0] == made[1]
 
@@ -71,6 +72,8 @@ def test_the_watch_sees_what_it_looks_for(watch: fuzz.Watch, tmp_path: Path) -> 
         outside.unlink()
         (inside / "link").symlink_to(tmp_path)
         (inside / "link" / "through").mkdir()
+        (tmp_path / "inside").mkdir()  # which only begins like the folder that is allowed
+        shutil.rmtree(tmp_path / "inside")
         subprocess.run([sys.executable, "-c", ""], check=True)
         pickle.loads(b"cos\ngetcwd\n.")
         with socket.socket() as one:
@@ -79,6 +82,8 @@ def test_the_watch_sees_what_it_looks_for(watch: fuzz.Watch, tmp_path: Path) -> 
     text = "\n".join(seen)
     for event in ("open", "os.remove", "os.mkdir", "subprocess.Popen", "pickle.find_class", "socket.connect"):
         assert event in text, event
+    for event in ("os.mkdir", "shutil.rmtree"):
+        assert f"{event} {tmp_path.resolve() / 'inside'}" in seen
     before = len(seen)
     outside.write_text("x")
     assert len(seen) == before

@@ -13,8 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from benchmarks.fuzz import limited
 from pipelines import cli
+from pipelines.begun import Begun
 from vqgen.errors import InputError
 from vqgen.hub import fingerprint
 
@@ -77,6 +81,11 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
         ("priors/pixelcnn/top/metrics.jsonl", "thesis.txt"),
         ("codec/checkpoints/.lock", "thesis.txt"),
         ("codec/checkpoints/latest", "no-such-file"),
+        (".codec.lock", "thesis.txt"),
+        (".priors-pixelcnn-top.lock", "thesis.txt"),
+        ("codec/wandb", "."),
+        ("wandb/out", "."),
+        ("priors/wandb/top", "."),
     ],
 )
 def test_a_link_out_of_the_run(place: str, to: str, fails: Fails, run_copy: Path, beside: Path) -> None:
@@ -84,6 +93,7 @@ def test_a_link_out_of_the_run(place: str, to: str, fails: Fails, run_copy: Path
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to((beside / to).resolve())
     before = contents(beside)
     for command in COMMANDS:
@@ -116,8 +126,9 @@ def test_links_within_the_run_and_to_the_run_are_fine(run_copy: Path, tmp_path: 
 def test_a_pipe_does_not_hold_a_command(place: str, fails: Fails, run_copy: Path) -> None:
     (run_copy / place).unlink(missing_ok=True)
     os.mkfifo(run_copy / place)
-    for command in COMMANDS[:2]:
-        fails(*command, "--run", str(run_copy))
+    for command in COMMANDS:
+        with limited(20):
+            fails(*command, "--run", str(run_copy))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,11 @@ def test_a_pipe_does_not_hold_a_command(place: str, fails: Fails, run_copy: Path
         "priors/.hidden/top",
         "a\\b",
         "C:x",
+        "wandb/out/top",
+        "samples/best",
+        "priors/it's/top",
+        "priors/x; reboot/top",
+        "priors/pixelcnn/first",
     ],
 )
 def test_a_stage_that_is_no_folder_of_a_run(stage: str, fails: Fails, run_copy: Path, beside: Path) -> None:
@@ -306,13 +322,79 @@ def test_a_checkpoint_that_names_a_file_of_another_folder(fails: Fails, run_copy
     assert "state.json" in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made | {"images": made["images"].float()},
+        lambda made: made | {"labels": made["labels"] + 100},
+        lambda made: made | {"codes.0": made["codes.0"] + 1000},
+        lambda made: made | {"codes.1": made["codes.1"] - 1000},
+        lambda made: {name: torch.cat([value] * 5) for name, value in made.items()},
+    ],
+    ids=["images", "labels", "codes", "negative", "more"],
+)
+def test_a_sampling_that_somebody_else_began(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    run_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What cannot be of this sampling is not gone on with: the samples are those of an unbroken one."""
+    command = ["sample", "-n", "8", "--batch-size", "4", "--prior", "pixelcnn", "--run", str(run_copy)]
+    assert cli.call(command) == 0
+    made = run_copy / "samples/pixelcnn-2-levels-seed-0"
+    before = load_file(made / "codes.safetensors")
+    shutil.rmtree(made)
+    add = Begun.add
+
+    def begin(self: Begun, series: str, tensors: Any, note: Any = None) -> None:
+        add(self, series, change(dict(tensors)), note)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.begun.SHARD_SECONDS", 0.0)
+        patch.setattr(Begun, "add", begin)
+        assert cli.call(command) == 130
+    assert list(made.parent.glob(".*.begun/*.safetensors"))
+    assert cli.call(command) == 0
+    after = load_file(made / "codes.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda codes: codes > 0, lambda codes: codes + 1000, lambda codes: torch.cat([codes] * 5)],
+    ids=["type", "range", "more"],
+)
+def test_an_encoding_that_somebody_else_began(
+    change: Callable[[torch.Tensor], torch.Tensor], run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["encode", "--data", "shapes", "--run", str(run_copy), "--out"]
+    assert cli.call([*command, str(tmp_path / "whole")]) == 0
+    add = Begun.add
+
+    def begin(self: Begun, series: str, tensors: Any, note: Any = None) -> None:
+        add(self, series, {name: change(value) for name, value in tensors.items()}, note)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.begun.SHARD_SECONDS", 0.0)
+        patch.setattr(Begun, "add", begin)
+        assert cli.call([*command, str(tmp_path / "again")]) == 130
+    assert cli.call([*command, str(tmp_path / "again")]) == 0
+    whole, again = ((tmp_path / name / "codes.json").read_text() for name in ("whole", "again"))
+    assert whole == again
+
+
 def test_a_link_out_of_a_sweep(beside: Path, tmp_path: Path) -> None:
-    from pipelines.sweep_record import hold
+    from pipelines.sweep_record import hold, read_record
 
     (tmp_path / "sweep/runs/a").mkdir(parents=True)
     for place in (".lock", "runs/a/.lock", "runs/b"):
         (tmp_path / "sweep" / place).symlink_to(beside / "thesis.txt")
         before = contents(beside)
+        with pytest.raises(InputError, match="leads out of"):
+            read_record(tmp_path / "sweep")
         with ExitStack() as stack, pytest.raises(InputError, match="leads out of"):
             hold(stack, tmp_path / "sweep")
         assert contents(beside) == before

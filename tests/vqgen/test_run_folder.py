@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vqgen import run_folder
 from vqgen.errors import InputError
 from vqgen.files import write_json
 from vqgen.run_folder import RunFolder, find_run, plain_name, run_for, versions
@@ -145,3 +149,21 @@ def test_run_for() -> None:
     assert run_for(None, None, "../my photos!/") == Path("runs/my-photos")
     assert run_for(None, None, "..") == Path("runs/images")
     assert run_for(None, "mnist", "photos") == Path("runs/mnist")
+
+
+def test_a_record_that_another_command_makes_at_the_same_time_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RunFolder(tmp_path / "run")
+
+    @contextmanager
+    def overtaken(path: Path, **given: Any) -> Iterator[None]:
+        monkeypatch.undo()
+        other.create()
+        other.record_command(["first"])
+        with run_folder.locked(path, **given):
+            yield
+
+    monkeypatch.setattr(run_folder, "locked", overtaken)
+    RunFolder(tmp_path / "run").create()
+    assert [command["argv"] for command in other.read()["commands"]] == [["first"]]

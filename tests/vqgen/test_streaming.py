@@ -388,9 +388,26 @@ def test_what_cannot_be_streamed_is_refused_with_the_reason(tmp_path: Path) -> N
     for source, reason in (("shapes", "are drawn"), (str(tmp_path / "a.npy"), "are one array")):
         with pytest.raises(InputError, match=reason):
             load_data(DataSettings(source=source, streaming=True), seed=0)
-    with pytest.raises(InputError, match="is a shard of a WebDataset") as raised:
-        load(write_tar(tmp_path / "tars"), streaming=False)
-    assert "--streaming" in raised.value.hint
+
+
+def test_shards_that_number_their_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        cells = [{"bytes": png, "path": None} for png in PNGS[:30]]
+        rows = datasets.Dataset.from_dict({"image": cells, "label": ["cat", "dog"] * 15}, features=features)
+        pq.write_table(rows.with_format("arrow")[:], tmp_path / f"train-{number:05d}.parquet")
+    for streamed in (True, False):
+        with pytest.raises(InputError, match=r"train-00001\.parquet' has other classes in column 'label'"):
+            load(tmp_path, streaming=streamed)
+    assert load(tmp_path, labels=False).class_names == ()
+
+
+def test_tar_shards_need_no_setting(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "tars")
+    asked, plain = load(source), load(source, streaming=False)
+    assert asked.fingerprint == plain.fingerprint
+    for first, second in zip(islice(batches(asked), 20), batches(plain), strict=False):
+        assert torch.equal(first["images"], second["images"])
 
 
 def test_a_set_on_the_hub_is_read_from_its_own_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,8 +456,8 @@ class Flaky(Counted):
                 raise RuntimeError("connection reset")
             yield cells
 
-    def _file(self) -> Any:
-        return pq.ParquetFile(self.path)
+    def _source(self) -> Any:
+        return self.path
 
 
 def test_a_read_over_the_network_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
