@@ -19,6 +19,7 @@ from priors.inputs import check_codes, check_inputs, check_mask, check_range
 from priors.registry import register
 from priors.sampling import PLAIN, Noise, SampleOptions, draw, exact
 from vqgen.codes import Codes
+from vqgen.collectives import sum_over_processes
 from vqgen.config import Settings
 from vqgen.errors import InputError
 
@@ -173,9 +174,7 @@ class Unigram(IndependentPrior):
             cells = (rows[:, None] * positions + where) * size + flat
             cells = rearrange(cells, "b n -> (b n)")
             counts.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-        self.counts.copy_(counts)
+        self.counts.copy_(sum_over_processes(counts))
 
     def table(self, label: int) -> Tensor:
         counts = self.counts.sum(0) if label == self.spec.classes or len(self.counts) == 1 else self.counts[label]

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vqgen.codes import MAX_LEVELS, level_names
-from vqgen.config import Settings, TrainingSettings, check, player_problems, raise_problems
+from vqgen.config import Settings, TrainingSettings, player_problems
 from vqgen.errors import InputError, did_you_mean
 from vqgen.presets import merge
+from vqgen.problems import check, raise_problems
 
 if TYPE_CHECKING:
     from priors.base import Prior

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from priors.sampling import exact
 from vqgen.codes import LevelSpec
+from vqgen.collectives import sum_over_processes
 from vqgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def count_codes(prior: Prior, batches: Batches) -> list[Tensor]:
             flat = rearrange(maps.to(prior.device), "b h w -> b (h w)")
             cells = torch.arange(level.positions, device=prior.device) * level.codebook_size + flat
             count.index_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for count in counts:
-            torch.distributed.all_reduce(count)
+    counts = [sum_over_processes(count) for count in counts]
     return [count.view(level.positions, level.codebook_size) for level, count in zip(levels, counts, strict=True)]
 
 

@@ -33,7 +33,7 @@ def test_a_file_imports_only_from_its_own_layer_and_below(path: Path) -> None:
 
 
 def test_the_entry_point_is_the_only_upward_import() -> None:
-    assert imported_packages(ENTRY_POINT) & set(ALLOWED) == {"pipelines"}
+    assert imported_packages(ENTRY_POINT) & set(ALLOWED) - {"vqgen"} == {"pipelines"}
 
 
 LAYERS = (
@@ -41,12 +41,12 @@ LAYERS = (
     {
         *("blocks", "code_info", "console", "hub", "images", "interrupts", "losses", "memory", "metrics", "optimizers"),
         *("detection", "discriminator", "feature_distances", "quantizer", "sampler", "shapes", "splits"),
-        *("agreement", "faults", "locks", "micro_batches"),
+        *("agreement", "collectives", "faults", "locks", "micro_batches"),
     },
     {
         *("checkpoint", "classifier", "code_store", "code_writer", "codec", "compiling", "data", "image_split", "rows"),
         *("run_folder", "run_record", "sources", "task", "trainer", "training", "training_log", "training_state"),
-        *("shards", "streaming"),
+        *("shards", "streaming", "table_rows"),
     },
 )
 """Modules of vqgen, lowest layer first; ``__main__`` stands above all."""

@@ -1,7 +1,8 @@
 """The README holds: its commands run or parse, its settings exist, its Python does what the comments claim.
 
 Commands in ``console`` blocks (lines that start with ``$ vqgen``) are run in order in one empty folder, with the
-options of QUICK added so that they end in seconds. All other ``vqgen`` lines and snippets are parsed only.
+options of QUICK added so that they end in seconds. All other ``vqgen`` lines and snippets are parsed only, and so are
+the commands of docs/ and those of the help.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.settings import new_run_settings, parse_per_level, parse_priors
+from pipelines.sweep_grid import make_plan
 from priors import registry
 from vqgen.codes import level_names
 
@@ -44,9 +46,9 @@ FILE = re.compile(r"[\w-]+\.(?:json|jsonl|yaml|safetensors|png|html|md)")
 CLAIM = re.compile(r"^(\w+) = .*#.*?\((\d+(?:, \d+)*)\)(?: in \[(-?\d+), (-?\d+)\])?", re.MULTILINE)
 
 
-def blocks(*languages: str) -> list[str]:
+def blocks(*languages: str, of: str = TEXT) -> list[str]:
     """The texts between fences, with lines that end in a backslash joined to the next."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", of, re.MULTILINE | re.DOTALL)
     return [text.replace("\\\n", " ") for language, text in found if language in languages]
 
 
@@ -60,6 +62,22 @@ RUN = [line for block in blocks("console") for line in commands(block, "$ ")]
 SHOWN = [line for block in blocks("", "sh", "bash", "shell") for line in commands(block, "")]
 NAMED = [snippet[snippet.index("vqgen ") :] for snippet in SNIPPETS if re.search(r"(^| )vqgen [a-z]", snippet)]
 PYTHON = [block for block in blocks("python", "py") if not re.match(r"# \S+\.py\n", block)]
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in ROOT.glob("docs/**/*.md")}
+LAUNCHED = re.compile(r"^.*?(?:\$\(which vqgen\)\"?|accelerate launch.* vqgen) ", re.MULTILINE)
+"""What stands before a command under a launcher."""
+IN_PAGES = [
+    (name, line)
+    for name, text in PAGES.items()
+    for block in blocks("", "bash", of=text)
+    for line in commands(LAUNCHED.sub("vqgen ", block), "")
+]
+IN_HELP = [
+    (name, re.split(r"\s{3,}", line.strip())[0])  # what it does stands apart
+    for name, command in cli.cli.commands.items()
+    for line in (command.epilog or "").removeprefix("\b").replace("Example:", "").splitlines()
+    if line.strip()
+]
+ALL_PAGES = {**PAGES, **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "SECURITY.md")}}
 FILES = {block.split()[1]: block for block in blocks("python", "py") if re.match(r"# \S+\.py\n", block)}
 
 
@@ -165,6 +183,38 @@ def test_the_commands_run_one_after_another(made: Made) -> None:
 @pytest.mark.parametrize("line", [*RUN, *SHOWN])
 def test_a_command_parses_and_names_what_there_is(line: str, plugins: None) -> None:
     check_values(line, parsed(line))
+
+
+@pytest.mark.parametrize(("place", "line"), [*IN_PAGES, *IN_HELP])
+def test_a_command_of_the_docs_or_the_help_parses_and_names_what_there_is(place: str, line: str) -> None:
+    assert place.endswith(".md") or words(line)[0] == place
+    if words(line)[0] == "sweep":
+        options = parsed(line)
+        make_plan(options["grid"], options["config"], options["data"], options["sets"], minutes=options["minutes"])
+    elif "--plugin" not in line:
+        check_values(line, parsed(line))
+
+
+def test_every_page_with_commands_is_among_them() -> None:
+    assert {"docs/scaling.md", "docs/streaming.md", "docs/precision.md"} <= {name for name, _ in IN_PAGES}
+    assert sum("imagenet" in line for name, line in IN_PAGES if name == "docs/scaling.md") == 2  # under launchers
+    assert {name for name, _ in IN_HELP} == set(cli.cli.commands)
+
+
+@pytest.mark.parametrize("name", sorted(ALL_PAGES))
+def test_what_a_page_names_is_there(name: str) -> None:
+    """Links, scripts of ``benchmarks/`` and their options, tests, and presets."""
+    text, folder = ALL_PAGES[name], (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (folder / link).exists()] == []
+    assert [path for path in re.findall(r"`(tests/[\w/*.]+)`", text) if not list(ROOT.glob(path))] == []
+    snippets = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    for snippet in [*snippets, *"".join(blocks("", "bash", of=text)).splitlines()]:
+        script = re.match(r"(?:python )?(?:benchmarks/)?(\w+\.py)", snippet)
+        path = ROOT / "benchmarks" / (script[1] if script else "")
+        if script and ("benchmarks/" in snippet or path.is_file()):
+            source = path.read_text(encoding="utf-8")
+            assert [option for option in re.findall(r" (--[a-z-]+)", snippet) if f'"{option}"' not in source] == []
 
 
 @pytest.mark.parametrize("line", NAMED)

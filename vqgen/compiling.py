@@ -10,6 +10,7 @@ the training goes on with the functions as they are.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from vqgen.checkpoint import preserved_random_state
 
 BACKEND = "inductor"
+SHAPES = 128
+"""Most shapes that a method is compiled for; torch alone stops at 8, which `--auto-batch` may need for its trials."""
 
 
 class Part(NamedTuple):
@@ -30,51 +33,70 @@ class Part(NamedTuple):
     method: str
 
 
+class Compilation:
+    """What became of the compiling of several functions."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self.failed = False
+        """One failure is enough for all functions, since most are of the machine."""
+        self.seconds = 0.0
+        """Time that compiling took so far, within calls of the functions."""
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def fail(self, error: Exception) -> None:
+        if not self.failed:
+            self.failed = True
+            self._warn(f"torch.compile does not work here ({_reason(error)}): training goes on without it.")
+
+
 @contextmanager
-def compiled(parts: Sequence[Part], warn: Callable[[str], None]) -> Iterator[None]:
+def compiled(parts: Sequence[Part], warn: Callable[[str], None]) -> Iterator[Compilation]:
     """``parts`` compiled inside, and as they were after it; ``warn`` hears, once, that they could not be.
 
     A process that falls back goes on with the same computation, so processes need not agree on it.
     """
-    fallback = _Fallback(warn)
-    functions = [_Function(part.module, getattr(part.module, part.method), fallback) for part in parts]
+    compilation = Compilation(warn)
+    if not parts:
+        yield compilation
+        return
+    from torch._dynamo import config  # seconds to import
+
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    functions = [_Function(part.module, getattr(part.module, part.method), compilation) for part in parts]
     for part, function in zip(parts, functions, strict=True):
         # In the instance's dictionary, over the method of its class: modules, their names and state stay the same.
         vars(part.module)[part.method] = function
     try:
-        yield
+        with config.patch({limit: SHAPES}):
+            yield compilation
     finally:
         for part in parts:
             vars(part.module).pop(part.method, None)
-
-
-class _Fallback:
-    """Whether compiling has failed; one failure is enough for all, since most are of the machine."""
-
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self.warn = warn
-        self.happened = False
-
-    def because(self, error: Exception) -> None:
-        if not self.happened:
-            self.happened = True
-            self.warn(f"torch.compile does not work here ({_reason(error)}): training goes on without it.")
+        torch.compiler.reset()  # or it would count against the limit of the next training in this process
 
 
 class _Function:
     """One method, compiled in training and as it is otherwise."""
 
-    def __init__(self, module: nn.Module, plain: Callable[..., Any], fallback: _Fallback) -> None:
+    def __init__(self, module: nn.Module, plain: Callable[..., Any], compilation: Compilation) -> None:
         self._module = module
         self._plain = plain
         # A shape of its own has code of its own: with shapes left open, what a step computes to the last bit would
         # depend on the shapes that came before, and a resumed training would part from an unbroken one.
         self._compiled: Callable[..., Any] = torch.compile(plain, backend=BACKEND, dynamic=False)
-        self._fallback = fallback
+        self._compilation = compilation
         self._tried = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fallback.happened or not (self._module.training and torch.is_grad_enabled()):
+        if self._compilation.failed or not (self._module.training and torch.is_grad_enabled()):
             return self._plain(*args, **kwargs)
         try:
             if not self._tried:
@@ -84,12 +106,12 @@ class _Function:
         except Exception as error:
             # Whatever it is: if it is the caller's own fault, the plain function says so better.
             result = self._plain(*args, **kwargs)
-            self._fallback.because(error)
+            self._compilation.fail(error)
             return result
 
     def _try(self, *args: Any, **kwargs: Any) -> None:
         """Forward and backward once for nothing: code for the backward pass may be made only there, out of reach."""
-        with preserved_random_state(), warnings.catch_warnings():
+        with self._compilation.timed(), preserved_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = self._compiled(*_cut_off(args), **_cut_off(kwargs))
             roots = [value.sum() for value in _tensors(made) if value.requires_grad]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,12 +25,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from vqgen.codes import MAX_LEVELS
-from vqgen.errors import ConfigError, did_you_mean
-from vqgen.problems import plain_types, problem_lines
+from vqgen.errors import did_you_mean
+from vqgen.problems import plain_types
 
 BUDGETS = ("steps", "epochs", "minutes")
-
-S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -90,7 +88,7 @@ class TrainingSettings(Settings):
     epochs: float | None = Field(None, gt=0)
     """Budget in passes over the training split."""
     minutes: float | None = Field(None, gt=0)
-    """Budget in minutes of training (pauses not counted)."""
+    """Budget in minutes of training steps; compiling, evaluations, checkpoints and pauses are not counted."""
     batch_size: int = Field(128, ge=1)
     """Images per process and micro-batch."""
     auto_batch: bool = False
@@ -132,7 +130,8 @@ class TrainingSettings(Settings):
     """What the networks compute in while they are trained; weights, codebooks, losses, averages and evaluations are
     float32 whatever it is. ``fp16`` needs a GPU, and scales the losses."""
     compile: bool = False
-    """Compile what is trained (torch.compile): seconds to minutes at the start, for faster steps on a GPU."""
+    """Compile what is trained (torch.compile): seconds to minutes at the start, which no budget counts, for steps that
+    may be faster."""
     workers: int = Field(0, ge=0, le=1024)
     """Processes that load data; 0 loads in the training process."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
@@ -187,9 +186,10 @@ class DataSettings(Settings):
     count: int = Field(20000, ge=10)
     """Training images of the built-in ``shapes``; a tenth as many for validation and for test."""
     streaming: bool = False
-    """Read parquet, arrow or WebDataset shards as they are needed, here or on the hub, without a copy on this disk."""
+    """Read parquet or arrow shards as they are needed, here or on the hub, without a copy on this disk; WebDataset
+    shards are read so in any case."""
     buffer: int = Field(2048, ge=8)
-    """Pictures that are shuffled among each other, and held in memory, under ``streaming``."""
+    """Pictures that are shuffled among each other where shards are streamed; up to twice as many are in memory."""
     unreadable: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images that is skipped with a notice before it is an error."""
 
@@ -323,36 +323,6 @@ class Config(Settings):
     codec: CodecSection
     priors: dict[str, dict[str, Any]] = {}
     run: RunSection = RunSection()
-
-
-def check(kind: type[S], values: Any, where: str = "") -> tuple[S | None, list[str]]:
-    """``values`` as ``kind``, or None and one line per bad key, each led by ``where`` and the key's path."""
-    try:
-        return kind.model_validate(values), []
-    except ValidationError as error:
-        return None, problem_lines(kind, error, where)
-
-
-def build(kind: type[S], values: Any, where: str = "") -> S:
-    """``values`` as ``kind``.
-
-    Raises:
-        ConfigError: with every problem at once.
-    """
-    settings, problems = check(kind, values, where)
-    if settings is None:
-        raise_problems(problems)
-    return settings  # type: ignore[return-value]
-
-
-def raise_problems(problems: Sequence[str], file: str = "") -> None:
-    """Raise one `ConfigError` that lists ``problems``; does nothing where there are none."""
-    if not problems:
-        return
-    of = f" in {file}" if file else ""
-    if len(problems) == 1:
-        raise ConfigError(f"Bad setting{of}: {problems[0]}")
-    raise ConfigError(f"{len(problems)} bad settings{of}:" + "".join(f"\n  {line}" for line in problems))
 
 
 def player_problems(training: Mapping[str, Any], players: Sequence[str], where: str = "training") -> list[str]:

@@ -23,7 +23,8 @@ class VqgenError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        between = "\n" if "\n" in self.message else " "  # after a list of problems, the hint is not one more of them
+        return f"{self.message}{between}{self.hint}".strip()
 
 
 class InputError(VqgenError):

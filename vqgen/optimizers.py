@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vqgen.config import TrainingSettings, player_problems, raise_problems
+from vqgen.config import TrainingSettings, player_problems
+from vqgen.problems import raise_problems
 
 
 def learning_rate_at(progress: float, settings: TrainingSettings) -> float:

@@ -10,11 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vqgen.config import BUDGETS
 from vqgen.errors import ConfigError, InputError, did_you_mean
+from vqgen.files import write_text
 from vqgen.parsing import MOST_YAML, parse_yaml, read_bounded
 
 DEFAULTS: dict[str, Any] = {"codec": {"training": {"steps": 10000}}}
+_HEAD = "# Resolved settings. The file is whole where its last line is three dots.\n"
+_END = "..."
+"""How YAML ends a text: what is left of a file that was cut off would mostly be valid, and stand for other settings."""
 
 
 def presets_folder() -> Path:
@@ -79,11 +85,17 @@ def _find(name: str, named_in: Path | None = None) -> Path:
     return presets_folder() / f"{name}.yaml"
 
 
+def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``settings``, plain values, so that `read_yaml` notices when the file was cut off."""
+    write_text(path, _HEAD + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, explicit_end=True))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping with text keys.
+        ConfigError: the file cannot be read, is not YAML, is not a mapping with text keys, or is the first part of
+            what `write_yaml` wrote.
     """
     try:
         text = read_bounded(path, MOST_YAML)
@@ -93,6 +105,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML ({error}).", "Mend the file.") from error
+    if text.startswith(_HEAD.rstrip()) and text.rstrip().rpartition("\n")[2] != _END:
+        raise ConfigError(
+            f"{path}: it was cut off: its last line, '{_END}', is missing.", "Bring back a copy, or mend it."
+        )
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{path}: expected a mapping of settings such as 'codec: {{width: 128}}'.")
     return value

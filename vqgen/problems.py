@@ -1,4 +1,4 @@
-"""What is wrong with settings, in lines that a person can act on.
+"""Checking of settings, and what is wrong with them in lines that a person can act on.
 
 Pydantic reports one error per type that it tried; here is one line per bad key, led by the key's path.
 """
@@ -7,17 +7,49 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from vqgen.errors import did_you_mean
+from vqgen.errors import ConfigError, did_you_mean
 
 MOST_SHOWN = 200
 """Characters of a value that a line repeats."""
 
+S = TypeVar("S", bound=BaseModel)
 
-def problem_lines(kind: type[BaseModel], error: ValidationError, where: str = "") -> list[str]:
+
+def check(kind: type[S], values: Any, where: str = "") -> tuple[S | None, list[str]]:
+    """``values`` as ``kind``, or None and one line per bad key, each led by ``where`` and the key's path."""
+    try:
+        return kind.model_validate(values), []
+    except ValidationError as error:
+        return None, _problem_lines(kind, error, where)
+
+
+def build(kind: type[S], values: Any, where: str = "") -> S:
+    """``values`` as ``kind``.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    settings, problems = check(kind, values, where)
+    if settings is None:
+        raise_problems(problems)
+    return settings  # type: ignore[return-value]
+
+
+def raise_problems(problems: Sequence[str], file: str = "") -> None:
+    """Raise one `ConfigError` that lists ``problems``; does nothing where there are none."""
+    if not problems:
+        return
+    of = f" in {file}" if file else ""
+    if len(problems) == 1:
+        raise ConfigError(f"Bad setting{of}: {problems[0]}")
+    raise ConfigError(f"{len(problems)} bad settings{of}:" + "".join(f"\n  {line}" for line in problems))
+
+
+def _problem_lines(kind: type[BaseModel], error: ValidationError, where: str = "") -> list[str]:
     """One line per bad key of a mapping that is no ``kind``, each led by ``where`` and the key's path."""
     problems: dict[str, list[dict[str, Any]]] = {}
     for detail in error.errors(include_url=False):

@@ -196,3 +196,21 @@ def test_a_decoy_package_is_named_and_never_imported(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(tmp_path / "priors") in done.stderr
     assert "the decoy was imported" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"), [((), False), (("--train", "--minutes", "1", "--prior", "pixelcnn"), True)]
+)
+def test_an_interrupt_says_how_to_go_on_where_there_is_a_way(
+    arguments: tuple[str, ...],
+    goes_on: bool,
+    finished_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.compare.compare", stop)
+    assert cli.call(["compare", "--run", str(finished_run), *arguments]) == 130
+    assert ("Go on with: vqgen compare" in capsys.readouterr().err) == goes_on

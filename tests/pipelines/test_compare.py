@@ -371,7 +371,7 @@ def test_priors_of_another_budget_are_kept_and_named(run_copy: Path, capsys: pyt
 def test_a_run_that_lists_no_priors(run_copy: Path, fails: Fails) -> None:
     config = run_copy / "config.yaml"
     text = config.read_text(encoding="utf-8")
-    config.write_text(text[: text.index("run:")] + "run: {priors: []}\n", encoding="utf-8")
+    config.write_text(text[: text.index("run:")] + "run: {priors: []}\n...\n", encoding="utf-8")
     assert "--prior pixelcnn" in fails("compare", "--run", str(run_copy), "--train", "--minutes", "1")
 
 

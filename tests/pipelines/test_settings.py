@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.settings import new_run_settings, prior_settings_of_run, run_settings, training_minutes
+from pipelines.cli_options import with_flags
+from pipelines.settings import (
+    every_training,
+    new_run_settings,
+    prior_settings_of_run,
+    run_settings,
+    training_minutes,
+)
 from priors.registry import prior_settings
 from vqgen.errors import ConfigError, InputError
 from vqgen.run_folder import RunFolder, run_for
@@ -46,6 +53,21 @@ def test_minutes_replace_a_budget_in_steps_at_every_level(finished_run: Path) ->
     everything = training_minutes(new_run_settings("mnist", None), 3)
     assert everything.codec.training.minutes == 3
     assert prior_settings("transformer", everything.priors["transformer"], "bottom").training.minutes == 3
+
+
+def test_a_flag_holds_for_every_training_that_no_assignment_names() -> None:
+    sets = ["priors.pixelcnn.training.compile=false", "codec.training.minutes=2", "seed=1"]
+    given = new_run_settings("shapes", None, sets, seed=5)
+    made = every_training(given, with_flags((), compiled=True, auto_batch=True), sets)
+    assert made.seed == 5
+    assert made.codec.training.compile
+    assert made.codec.training.minutes == 2
+    for level in ("top", "bottom"):
+        trainings = {name: prior_settings(name, made.priors[name], level).training for name in made.run.priors}
+        assert [training.auto_batch for training in trainings.values()] == [True, True]
+        assert trainings["transformer"].compile
+    assert not prior_settings("pixelcnn", made.priors["pixelcnn"], "top").training.compile
+    assert with_flags(["data.streaming=false"], streaming=True) == ("data.streaming=true", "data.streaming=false")
 
 
 def test_a_resume_starts_from_what_the_level_was_begun_with(run_copy: Path) -> None:

@@ -22,8 +22,9 @@ from priors.base import PriorSpec
 from vqgen import shapes
 from vqgen.codec import HierarchicalVQVAE
 from vqgen.codes import ImageSpec
-from vqgen.config import Config, TrainingSettings, build
+from vqgen.config import Config, TrainingSettings
 from vqgen.presets import preset_summary, read_layers
+from vqgen.problems import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by x-transformers, on import
 

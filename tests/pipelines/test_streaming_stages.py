@@ -89,7 +89,7 @@ def test_going_on_otherwise_is_refused(
     streamed: Path, tiny_config: Path, folder: Path, fails: Callable[..., str]
 ) -> None:
     given = ["train-codes", "--config", str(tiny_config), "--data", str(folder), "--run", str(streamed), "--resume"]
-    assert "data.streaming: was true, now false" in fails(*given, *MORE)
+    assert "data.streaming: was true, now false\nResume with the same settings" in fails(*given, *MORE)
     assert "data.buffer: was 32, now 64" in fails(*given, "--streaming", *MORE, "--set", "data.buffer=64")
 
 

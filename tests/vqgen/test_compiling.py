@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,32 @@ def test_what_the_caller_did_wrong_is_said_as_without() -> None:
     with compiled([Part(net, "refine")], pytest.fail), pytest.raises(InputError, match="three numbers"):
         net(torch.randn(5, 4))
     assert "refine" not in vars(net)
+
+
+def test_any_number_of_shapes_and_of_trainings_is_compiled(backend: Counting) -> None:
+    """torch alone gives up after 8 of a method, in all trainings of a process together."""
+    for width in range(2):
+        net = Net()
+        net.layers = nn.Sequential(nn.Linear(3, 4 + width), nn.Linear(4 + width, 3))
+        with compiled([Part(net, "refine")], pytest.fail):
+            for batch in range(2, 11):
+                net(torch.randn(batch, 3)).sum().backward()
+        assert backend.graphs == 9 * (width + 1)
+
+
+def test_compiling_is_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, waited = time.perf_counter, 0.0
+
+    def slow(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal waited
+        waited += 10_000
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + waited)
+    result = train(Copying(), tmp_path / "run")
+    assert waited
+    assert 0 < result.seconds < 5_000
 
 
 @pytest.mark.parametrize("goes_on", [True, False])

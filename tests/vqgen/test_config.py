@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, ValidationError
 
-from vqgen.config import Config, PlayerSettings, Settings, TrainingSettings, build, check, player_problems
+from vqgen.config import Config, PlayerSettings, Settings, TrainingSettings, player_problems
 from vqgen.errors import ConfigError
+from vqgen.problems import build, check
 
 ONE_PER_LEVEL = "expected a whole number of at least 1, or one per level"
 

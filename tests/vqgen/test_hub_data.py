@@ -109,6 +109,24 @@ def test_pictures_labels_and_names_come_through(hub: Hub) -> None:
     assert data.notes == ()
 
 
+def test_what_the_environment_allows_other_programs_is_not_allowed_here(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set's own loading program, before datasets 4; a config of a stranger may name the set."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", True, raising=False)
+    allowed = []
+    load_dataset = datasets.load_dataset
+
+    def look(*given: Any, **more: Any) -> Any:
+        allowed.append(datasets.config.HF_DATASETS_TRUST_REMOTE_CODE)
+        return load_dataset(*given, **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", look)
+    hub.publish(train=table(range(20)))
+    load()
+    assert allowed == [False]
+
+
 def test_subset_and_revision_are_passed_on(hub: Hub) -> None:
     hub.publish("small", "v2", train=table(range(10)), validation=table(range(10, 12)), test=table(range(12, 14)))
     hub.publish(train=table(range(20)))

@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from priors.registry import check_section
-from vqgen.config import Config, check
+from vqgen.config import Config
 from vqgen.errors import ConfigError, InputError
-from vqgen.presets import DEFAULTS, apply_sets, merge, parse_set, preset_names, preset_summary, read_layers, read_yaml
+from vqgen.presets import (
+    DEFAULTS,
+    apply_sets,
+    merge,
+    parse_set,
+    preset_names,
+    preset_summary,
+    read_layers,
+    read_yaml,
+    write_yaml,
+)
+from vqgen.problems import check
 
 
 def write(path: Path, text: str) -> str:
@@ -116,6 +127,20 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"x\.yaml: cannot be read"):
         read_yaml(tmp_path / "x.yaml")
+
+
+def test_no_part_of_saved_settings_is_taken_for_the_whole(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    settings = {"seed": 12, "data": {"source": "größe"}, "run": {"priors": ["a"], "samples": 64}}
+    write_yaml(path, settings)
+    assert read_yaml(path) == settings
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1):  # but for the last line break
+        path.write_bytes(whole[:length])
+        with pytest.raises(ConfigError, match=r"config\.yaml"):
+            read_yaml(path)
+    write_yaml(path, {})
+    assert read_yaml(path) == {}
 
 
 @pytest.mark.parametrize(
