@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --processes 1 2 --json scaling.json
     python benchmarks/scaling.py --cost imagenet256 --json cost.json
 
-The first measures every stage that processes share, on shapes of 32x32, one core a process. Each stage is a command
-under torchrun, given twice with different amounts of work: images per second are the difference of the amounts over
-that of the times, so that starting Python and reading the data do not count. Training goes by the seconds of training
-steps that the run records. The global batch is the same for any number of processes.
+The first measures every stage that processes share, on shapes of 32x32, one core a process: the images per second that
+each command says at its end, which leave out the start of Python and the reading of the data. The global batch is the
+same for any number of processes. All is done in ``--turns``, and the best of each counts. Beside it stands what the
+machine itself gives: matrix products of processes that share nothing.
 
 The second builds the codec and the priors of a preset and counts the floating-point operations of one training step
 for one image, forward and backward, with torch's own counter (matrix products and convolutions; a multiplication and
@@ -21,12 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from vqgen.codes import ImageSpec
 from vqgen.config import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, STEPS = 64, 40
+BATCH, STEPS = 64, 60
 """Images a step in all processes together, and steps of each training."""
 IMAGES = 2000
 SETTINGS = """
@@ -71,46 +72,74 @@ class Timing(NamedTuple):
             torch.cuda.synchronize()
 
 
-def launched(processes: int, *arguments: str) -> float:
-    """Seconds that a command takes under torchrun."""
+def launched(processes: int, *arguments: str) -> dict[str, float]:
+    """Images per second of what a command under torchrun says that it did."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = time.perf_counter()
     done = subprocess.run(
         [*launcher, "-m", "--", "vqgen", *arguments], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(done.stderr)
-    return time.perf_counter() - start
+    said = re.findall(r"^(.+): [\d,]+ images in [\d:]+, ([\d,.]+) images/s", done.stderr, re.MULTILINE)
+    return {name: float(rate.replace(",", "")) for name, rate in said}
 
 
-def stages(folder: Path, processes: int) -> dict[str, float]:
+def stages(folder: Path, processes: int, turn: int) -> dict[str, float]:
     """Images per second of every stage."""
     config = folder / f"{processes}.yaml"
     each = BATCH // processes
     config.write_text(SETTINGS % (IMAGES, STEPS, each, STEPS, each), encoding="utf-8")
-    run = folder / str(processes)
-    place = ["--run", str(run)]
-    launched(processes, "train-codes", "--config", str(config), *place)
-    launched(processes, "train-prior", "--prior", "transformer", *place)
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
-    found = {name: STEPS * BATCH / record[name]["seconds"] for name in ("codec", "priors/transformer/bottom")}
+    more = folder / "more.npz"
+    if not more.exists():
+        make_images(more, 10 * IMAGES)
+    place = ["--run", str(folder / f"{processes}-{turn}")]
+    out = str(folder / f"codes-{processes}-{turn}")
+    commands = (
+        ["train-codes", "--config", str(config)],
+        ["train-prior", "--prior", "transformer"],
+        ["sample", "--batch-size", "32", "--out", "timed", "-n", "1024"],
+        ["score", "--split", "train", "--label", "given", "-n", str(IMAGES)],
+        ["encode", "--data", str(more), "--out", out],
+    )
+    found: dict[str, float] = {}
+    for command in commands:
+        found |= launched(processes, *command, *place)
+    return found
 
-    def pace(*arguments: str, few: int, many: int, option: Sequence[str]) -> float:
-        seconds = [launched(processes, *arguments, *place, *option, str(count)) for count in (few, many)]
-        return (many - few) / max(seconds[1] - seconds[0], 1e-9)
 
-    sampling = ["sample", "--batch-size", "32", "--out", "timed"]
-    found["sample"] = pace(*sampling, few=64, many=320, option=["-n"])
-    found["score"] = pace("score", "--split", "train", "--label", "given", few=128, many=1024, option=["-n"])
-    seconds = []
-    for number, count in enumerate((IMAGES, 5 * IMAGES)):
-        sets = folder / f"more-{count}.npz"
-        if not sets.exists():
-            make_images(sets, count)
-        out = folder / f"codes-{processes}-{number}"
-        seconds.append(launched(processes, "encode", *place, "--data", str(sets), "--out", str(out)))
-    found["encode"] = 4 * IMAGES / max(seconds[1] - seconds[0], 1e-9)
+def products(processes: int) -> float:
+    """Seconds in which ``processes``, each on a core of its own, do the same matrix products at once."""
+    program = (
+        "import time, torch; torch.set_num_threads(1); a = torch.rand(1024, 1024)\n"
+        "for _ in range(20): a @ a\n"
+        "start = time.perf_counter()\n"
+        "for _ in range(200): a @ a\n"
+        "print(time.perf_counter() - start)"
+    )
+
+    command = [sys.executable, "-c", program]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return max(float(process.communicate()[0]) for process in started)
+
+
+def shared(numbers: Sequence[int], turns: int) -> dict[str, dict[str, float]]:
+    """Images per second of every stage, by number of processes; printed as well."""
+    taken: dict[int, list[dict[str, float]]] = {number: [] for number in numbers}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(turns):
+            for number in numbers:
+                apart = {"matrix products, apart": number / products(number)}
+                taken[number].append(apart | stages(Path(folder), number, turn))
+    # The best of the turns: other work on the machine only ever takes away.
+    best = {
+        number: {name: max(turn.get(name, 0.0) for turn in rows) for name in rows[0]} for number, rows in taken.items()
+    }
+    found = {name: {str(number): best[number].get(name, 0.0) for number in numbers} for name in best[numbers[0]]}
+    for name, row in found.items():
+        paces = list(row.values())
+        shown = "  ".join(f"{pace:8.2f}" for pace in paces)
+        print(f"{name:<28} a second {shown}   x {paces[-1] / paces[0]:.2f}")
     return found
 
 
@@ -133,7 +162,8 @@ def cost(preset: str, timing: Timing) -> dict[str, dict[str, Any]]:
     def codec_loss(model: HierarchicalVQVAE, count: int, device: str) -> torch.Tensor:
         return model(torch.rand(count, spec.channels, height, width, device=device) * 2 - 1).loss
 
-    found = {"codec": measured(codec, codec, codec_loss, timing, config.codec.training)}
+    row = counted(codec, codec_loss)
+    found = {"codec": row | measured(codec, row, codec_loss, timing, config.codec.training)}
     for name in dict.fromkeys(choice for choice in config.run.priors if isinstance(choice, str)):
         for number, level in enumerate(codec.levels):
             settings = registry.prior_settings(name, config.priors.get(name, {}), level.name)
@@ -146,21 +176,21 @@ def cost(preset: str, timing: Timing) -> dict[str, dict[str, Any]]:
                 return model(maps[-1], tuple(maps[:-1]), labels, player=model.players[0])["loss"]
 
             with FakeTensorMode():
-                traced = registry.get(name)(settings.config, prior_spec)
+                row = counted(registry.get(name)(settings.config, prior_spec), loss)
             real = registry.get(name)(settings.config, prior_spec) if timing.images else None
-            found[f"{name}, {level.name}"] = measured(traced, real, loss, timing, settings.training)
+            found[f"{name}, {level.name}"] = row | measured(real, row, loss, timing, settings.training)
     return found
 
 
-def measured(traced: Any, real: Any, loss: Any, timing: Timing, training: TrainingSettings) -> dict[str, Any]:
-    """What a model's step takes, counted, and timed where that is wanted."""
-    with FakeTensorMode() if traced is not real else nullcontext():
-        row = counted(traced, loss)
-    if timing.images:
-        row["seconds"] = timed(real, loss, timing)
-        row["flops_per_second"] = row["flops"] / row["seconds"]
-        row["hours"] = (training.steps or 0) * training.batch_size * training.accumulate * row["seconds"] / 3600
-    return row
+def measured(
+    model: Any, row: Mapping[str, Any], loss: Any, timing: Timing, training: TrainingSettings
+) -> dict[str, Any]:
+    """Seconds and rate of a step whose operations are counted in ``row``, and the hours of the whole training."""
+    if not timing.images:
+        return {}
+    seconds = timed(model, loss, timing)
+    images = (training.steps or 0) * training.batch_size * training.accumulate
+    return {"seconds": seconds, "flops_per_second": row["flops"] / seconds, "hours": images * seconds / 3600}
 
 
 def counted(model: Any, loss: Any) -> dict[str, Any]:
@@ -215,6 +245,7 @@ def matrix_rate(timing: Timing, side: int = 4096) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--turns", type=int, default=3, help="times that every stage is taken; the least counts")
     parser.add_argument("--cost", metavar="PRESET", help="count the operations of a preset instead")
     parser.add_argument("--time", type=int, default=0, metavar="N", help="with --cost, also time a step of N images")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where --time computes")
@@ -238,15 +269,7 @@ def main() -> None:
             print(f"a product of two matrices of 4096x4096: {rate / 1e9:.1f} GFLOP/s")
             found["matrix product"] = {"flops_per_second": rate}
     else:
-        found = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for processes in options.processes:
-                found[str(processes)] = stages(Path(folder), processes)
-        first = found[str(options.processes[0])]
-        for name in first:
-            paces = [found[str(processes)][name] for processes in options.processes]
-            shown = "  ".join(f"{pace:8.1f}" for pace in paces)
-            print(f"{name:<28} images/s {shown}   x {paces[-1] / paces[0]:.2f}")
+        found = dict(shared(options.processes, options.turns))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
