@@ -122,7 +122,7 @@ def again(arguments: Sequence[str] | None = None) -> str:
     typed = click.get_current_context().obj if arguments is None else arguments
     kept = [argument for argument in typed if argument not in ("--overwrite", "--retry")]
     resume = [] if kept[0] in ("run", "sweep", "compare", "encode", "sample") or "--resume" in kept else ["--resume"]
-    launcher = "the same launcher and " if launched() > 1 else ""
+    launcher = f"the same launcher, {launched()} processes, and " if launched() > 1 else ""
     return f"Go on with: {launcher}vqgen {shlex.join([*kept, *resume])}"
 
 

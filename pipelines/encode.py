@@ -59,6 +59,7 @@ def encode(
         if streaming:
             settings = settings.model_copy(update={"streaming": True})
         data = load_data(fitted_to(codec, settings), config.seed, notify=console.say)
+        console.say(f"data: {data.description}")
         return encode_splits(out, codec, fingerprint(run.codec), data, console, batch_size)
 
 

@@ -1,9 +1,10 @@
-"""What a run holds, read from its record."""
+"""What a run holds, read from its record; and what of it was only begun, from its checkpoints."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vqgen.checkpoint import CheckpointStore
 from vqgen.codes import MAX_LEVELS, level_names
 from vqgen.run_folder import RunFolder
 
@@ -17,8 +18,23 @@ def info(run: RunFolder) -> dict[str, Any]:
         "run": str(run.path),
         "data": run.data_description(),
         "stages": stages,
-        "table": [_line(name, record) for name, record in stages.items()],
+        "table": [_line(name, record) for name, record in stages.items()] + _begun(run),
     }
+
+
+def _begun(run: RunFolder) -> list[list[str]]:
+    """A line for each training that has a checkpoint and is not done, and for codes that are not there yet."""
+    stages = run.stages()
+    lines = []
+    for folder in (run.codec, *sorted(run.path.glob("priors/*/*"))):
+        name = folder.relative_to(run.path).as_posix()
+        newest = CheckpointStore(folder / "checkpoints", keep=1).latest()
+        if name not in stages and newest is not None:
+            step = newest.name.rpartition("-")[2].lstrip("0") or "0"
+            lines.append([name, f"at {step}", "", "not done: --resume goes on from its checkpoint"])
+    if "codec" in stages and "codes" not in stages:
+        lines.append(["codes", "", "", "not done: train-codes --resume goes on"])
+    return lines
 
 
 def _line(name: str, record: dict[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ def _sample(run: RunFolder, request: SampleRequest, name: str, console: Console,
     if batches < processes.count:
         console.say(
             f"{batches} batch{'es' * (batches > 1)} for {processes.count} processes: some have nothing to do. "
-            "A smaller --batch-size gives every one of them a part."
+            "A smaller `vqgen sample --batch-size` gives every one of them a part."
         )
     if processes.count > 1:
         processes.require_alike(provenance(run, request))

@@ -174,9 +174,12 @@ def refuse_differences(saved: Mapping[str, Any], now: Mapping[str, Any], folder:
         if was.get(key) != is_.get(key):
             lines.append(f"\n  {key}: was {_shown(was, key)}, now {_shown(is_, key)}")
     if lines:
+        launch = ""
+        if was.get("processes") != is_.get("processes"):
+            launch = f" (`torchrun --standalone --nproc-per-node {was.get('processes', 1)} -- $(which vqgen) ...`)"
         raise ConfigError(
             f"The training in {folder} was started with other settings:{''.join(lines)}",
-            "Resume with the same settings, or start over with --overwrite.",
+            f"Resume with the same settings{launch}, or start over with --overwrite.",
         )
 
 
