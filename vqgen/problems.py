@@ -134,4 +134,5 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+    # Python 3.10 takes dict[str, int] for a class.
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
