@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
         (["sample"], ["vqgen train-codes"]),
         (["sample", "--run", "nothing-here"], ["nothing-here", "vqgen train-codes"]),
         (["sample", "-n", "0"], ["-n"]),
-        (["sampel"], ["sampel", "sample"]),
+        (["sampel"], ["No such command 'sampel'"]),
     ],
 )
 def test_before_there_is_a_run(

@@ -197,6 +197,7 @@ def _interrupted_between(number: signal.Signals) -> None:
 
 
 def _interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number in (signal.SIGINT, signal.SIGTERM):
         _interrupted_between(number)
 

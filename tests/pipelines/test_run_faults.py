@@ -345,6 +345,8 @@ def full_disk(folder: Path, pattern: str, seen: list[str] | None = None) -> Iter
 
         patch.setattr(io, "open", opening)
         patch.setattr(builtins, "open", opening)
+        if sys.version_info < (3, 11):  # there, paths keep a reference to the function that opens them
+            patch.setattr("pathlib._NormalAccessor.open", staticmethod(opening))
         for module in (hub, checkpoint, sample_files):
             real_save = module.save_file
 
